@@ -1,0 +1,425 @@
+"""What an op is: a reference, the implementations that compete with it, a cost, and a chooser.
+
+An op file builds one `Op`. Its canonical arguments are the positional arguments of the schema;
+the public function checks and normalises what the caller gave and then calls the Op with them.
+
+    public function -> Op.__call__ -> eager:     autograd.Function -> chosen Implementation
+                                   -> otherwise: torch.ops.tilewise.NAME -> chosen Implementation
+
+The eager way skips torch's dispatcher, whose Python boundary costs more than a small kernel. It
+steps aside whenever something wants to see the op: torch.compile and export, a dispatch mode,
+functorch, tensor subclasses. Both ways end in the same Implementation, so the results are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import ArgumentError, KernelUnavailable
+from .lazy_triton import interpreted
+
+Outputs = tuple[Tensor, ...]
+Reason = str | None  # why not, or None when nothing stands in the way
+
+_library = torch.library.Library("tilewise", "DEF")  # noqa: TOR901  lives as long as the process
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work a call must do: floating-point operations and bytes of memory traffic."""
+
+    flops: int
+    bytes: int
+    backward_flops: int
+    backward_bytes: int
+
+
+def _nothing(*_: object) -> Reason:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    forward(*args) returns a tuple of outputs; backward(*backward_args) a tuple of gradients.
+    missing() says what this machine lacks, refuses(*args) what the call has that this way cannot
+    take, slower(*args) why a later way measures faster for this call. The first two warn once
+    when they turn a preferred way away; the third is a choice, not a loss.
+    """
+
+    name: str
+    forward: Callable[..., Outputs]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    missing: Callable[[], Reason] = _nothing
+    refuses: Callable[..., Reason] = _nothing
+    slower: Callable[..., Reason] = _nothing
+    refuses_backward: Callable[..., Reason] = _nothing
+
+    def absent(self, device: str) -> Reason:
+        """Why this way is not to be had on `device` at all."""
+        on_interpreter = self.name == "triton" and device == "cpu" and interpreted()
+        if device not in self.devices and not on_interpreter:
+            return f"runs on {' and '.join(self.devices)}, not on {device}"
+        return self.missing()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call would run, and why each other one would not."""
+
+    op: str
+    implementation: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.implementation}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.others.items()])
+
+
+class _Forced(threading.local):
+    """The implementation pinned per op name ("" = every op) in this thread."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def implementation(self, op: str) -> str | None:
+        return self.names.get(op) or self.names.get("")
+
+
+_forced = _Forced()
+_observers: list[Callable[[Op, tuple[Any, ...]], None]] = []
+_warned: set[str] = set()
+_ops: dict[str, Op] = {}
+
+
+def warn_once(message: str) -> None:
+    """Emit `message` as a RuntimeWarning the first time it is seen in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def plain_eager(args: Sequence[object]) -> bool:
+    """Whether nothing is watching: no compiler, dispatch mode, functorch or tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter):
+            return False
+    return True
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks matrix products to run in on `device`, or None."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64 input, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def _ready(tensor: Tensor) -> Iterator[None]:
+    """Autocast off, and the tensor's GPU current, while an implementation runs."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(tensor.device.type):
+            stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            stack.enter_context(torch.cuda.device(tensor.device))
+        yield
+
+
+def _needs_ready(tensor: Tensor) -> bool:
+    if torch.is_autocast_enabled(tensor.device.type):
+        return True
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+
+
+class Op:
+    """A named op with its ways to run it.
+
+    schema, backward_schema: torch.library argument and return text. The backward's arguments are
+        (grad of each differentiable output, *saved tensors, *saved constants); a trailing
+        `bool[] needs` (which gradients are wanted) and `str implementation` are appended here.
+    fake(*args), fake_backward(*args): outputs with the right shape and dtype and no data.
+    save(args, outputs) -> (tensors, constants) kept for the backward.
+    outputs_with_grad, inputs_with_grad: how many leading outputs, and which inputs, differentiate.
+    An unwanted gradient comes back as None from an implementation.
+    cost(*args): the least work of a call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: str,
+        backward_schema: str,
+        implementations: Sequence[Implementation],
+        fake: Callable[..., Any],
+        fake_backward: Callable[..., Outputs],
+        save: Callable[..., tuple[Sequence[Tensor | None], Sequence[Any]]],
+        inputs_with_grad: Sequence[int],
+        cost: Callable[..., Cost],
+        outputs_with_grad: int = 1,
+    ) -> None:
+        self.name = name
+        self.implementations = {way.name: way for way in implementations}
+        self.save = save
+        self.inputs_with_grad = tuple(inputs_with_grad)
+        self.outputs_with_grad = outputs_with_grad
+        self.cost = cost
+        self._fake_backward = fake_backward
+        self._register(schema, backward_schema, fake)
+        self._eager_function = _eager_function(self)
+        _ops[name] = self
+
+    # -- running -------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on canonical arguments; returns the outputs (a tensor when there is only one)."""
+        if not plain_eager(args):
+            return self._registered(*args)
+        for observe in _observers:
+            observe(self, args)
+        if torch.is_grad_enabled() and any(
+            isinstance(args[i], Tensor) and args[i].requires_grad for i in self.inputs_with_grad
+        ):
+            return self._eager_function(*args)
+        outputs = self._run(*args)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _run(self, *args: Any) -> Outputs:
+        if _needs_ready(args[0]):
+            with _ready(args[0]):
+                return self.choose(args).forward(*args)
+        return self.choose(args).forward(*args)
+
+    def _run_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
+        """args: the backward schema's, ending in `needs` and the implementation's name."""
+        *inner, name = args
+        first = next(arg for arg in inner if isinstance(arg, Tensor))
+        way = self.implementations[name] if name else self._choose_backward(first, inner)
+        with _ready(first):
+            return way.backward(*inner)
+
+    # -- choosing ------------------------------------------------------------------------------
+
+    def choose(self, args: Sequence[Any]) -> Implementation:
+        """The implementation that runs this call: the forced one, else the first that may."""
+        device = args[0].device.type
+        forced = _forced.implementation(self.name)
+        if forced is not None:
+            return self._demanded(forced, device, args)
+        for way in self.implementations.values():
+            if device not in way.devices or way.slower(*args) is not None:
+                continue
+            reason = way.missing() or way.refuses(*args)
+            if reason is None:
+                return way
+            warn_once(f"tilewise: {self.name} leaves its {way.name} way: {reason}")
+        raise KernelUnavailable(
+            f"{self.name}: nothing runs on {device}; it has {', '.join(self.implementations)}"
+        )
+
+    def _choose_backward(self, first: Tensor, args: Sequence[Any]) -> Implementation:
+        for way in self.implementations.values():
+            if way.absent(first.device.type) is None and way.refuses_backward(*args) is None:
+                return way
+        raise KernelUnavailable(f"{self.name}: no backward runs on {first.device.type}")
+
+    def _demanded(self, name: str, device: str, args: Sequence[Any]) -> Implementation:
+        way = self.implementations.get(name)
+        if way is None:
+            has = ", ".join(self.implementations)
+            raise KernelUnavailable(f"{self.name} has no {name!r} implementation; it has {has}")
+        reason = way.absent(device) or way.refuses(*args)
+        if reason is not None:
+            raise KernelUnavailable(f"{self.name} cannot run on {name!r} here: {reason}")
+        return way
+
+    def explain(self, *args: Any) -> Explanation:
+        """Which implementation canonical arguments would run, and why not the others."""
+        device = args[0].device.type
+        chosen = self.choose(args).name
+        others: dict[str, str] = {}
+        for way in self.implementations.values():
+            if way.name != chosen:
+                why = way.absent(device) or way.refuses(*args) or way.slower(*args)
+                others[way.name] = why or f"{chosen} comes first"
+        return Explanation(self.name, chosen, others)
+
+    # -- registration with torch.library ---------------------------------------------------------
+
+    def _register(self, schema: str, backward_schema: str, fake: Callable[..., Any]) -> None:
+        name, backward_name = self.name, f"{self.name}_backward"
+        _library.define(name + schema)
+        arguments, _, returns = backward_schema.rpartition(") ->")
+        _library.define(
+            f"{backward_name}{arguments}, bool[] needs, str implementation) ->{returns}"
+        )
+
+        def forward(*args: Any) -> Any:
+            outputs = self._run(*args)
+            return outputs if len(outputs) > 1 else outputs[0]
+
+        def backward(*args: Any) -> Any:
+            *inner, needs, _ = args
+            gradients = self._run_backward(*args)
+            first = next(arg for arg in inner if isinstance(arg, Tensor))
+            filled = tuple(first.new_empty(0) if g is None else g for g in gradients)
+            return filled if len(filled) > 1 else filled[0]
+
+        def fake_backward(*args: Any) -> Any:
+            *inner, needs, _ = args
+            outputs = self._fake_backward(*inner)
+            first = next(arg for arg in inner if isinstance(arg, Tensor))
+            kept = tuple(
+                g if need else first.new_empty(0) for g, need in zip(outputs, needs, strict=True)
+            )
+            return kept if len(kept) > 1 else kept[0]
+
+        _library.impl(name, forward, "CompositeExplicitAutograd")
+        _library.impl(backward_name, backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
+        torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
+        self._registered = getattr(torch.ops.tilewise, name)
+        registered_backward = getattr(torch.ops.tilewise, backward_name)
+
+        def keep(ctx: Any, inputs: Any, output: Any) -> None:
+            self._keep(ctx, inputs, output, _forced.implementation(name) or "")
+
+        def gradients(ctx: Any, *grads: Any) -> Any:
+            return self._gradients(ctx, grads, registered_backward)
+
+        def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(f"tilewise::{name} has no second derivative; use plain torch ops")
+
+        torch.library.register_autograd(
+            f"tilewise::{name}", gradients, setup_context=keep, lib=_library
+        )
+        torch.library.register_autograd(
+            f"tilewise::{backward_name}", refuse_second_derivative, lib=_library
+        )
+
+    # -- autograd, shared by both ways -----------------------------------------------------------
+
+    def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, implementation: str) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors, ctx.constants = self.save(inputs, outputs)
+        ctx.save_for_backward(*tensors)
+        ctx.implementation = implementation
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[self.outputs_with_grad :])
+
+    def _gradients(self, ctx: Any, grads: Sequence[Any], run: Callable[..., Any]) -> Any:
+        """Gradients in the order of the forward's inputs, None where none is wanted."""
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        wanted = grads[: self.outputs_with_grad]
+        if all(grad is None for grad in wanted):
+            return tuple(result)
+        needs = [bool(ctx.needs_input_grad[i]) for i in self.inputs_with_grad]
+        found = run(*wanted, *ctx.saved_tensors, *ctx.constants, needs, ctx.implementation)
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        for i, need, gradient in zip(self.inputs_with_grad, needs, found, strict=True):
+            result[i] = gradient if need else None
+        return tuple(result)
+
+
+def _eager_function(op: Op) -> Callable[..., Any]:
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:  # type: ignore[override]
+            with _ready(args[0]) if _needs_ready(args[0]) else contextlib.nullcontext():
+                way = op.choose(args)
+                outputs = way.forward(*args)
+            op._keep(ctx, args, outputs, way.name)
+            return outputs if len(outputs) > 1 else outputs[0]
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+            return op._gradients(ctx, grads, op._run_backward)
+
+    Eager.__name__ = Eager.__qualname__ = op.name
+    return Eager.apply
+
+
+# -- the user's handles --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def force(implementation: str, op: str | None = None) -> Iterator[None]:
+    """Pin one implementation, by name, for every op (or for `op`) inside a `with` block.
+
+    A call that the pinned implementation cannot take raises KernelUnavailable saying why. The
+    backward of a forward that ran inside the block keeps the same implementation.
+    """
+    known = sorted({way for each in _ops.values() for way in each.implementations})
+    if implementation not in known:
+        raise ArgumentError(f"force: no implementation {implementation!r}; there are {known}")
+    if op is not None and op not in _ops:
+        raise ArgumentError(f"force: no op {op!r}; there are {sorted(_ops)}")
+    before = dict(_forced.names)
+    _forced.names[op or ""] = implementation
+    try:
+        yield
+    finally:
+        _forced.names = before
+
+
+class _Stop(BaseException):
+    """Carries an Explanation out of a public function before it does any work."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation `function(*args, **kwargs)` would run, without running it.
+
+    function: a public op such as tilewise_kernels.softmax; the arguments are its own and are
+    checked as in a real call. Raises what the call would raise.
+    """
+
+    def stop(op: Op, canonical: tuple[Any, ...]) -> None:
+        raise _Stop(op.explain(*canonical))
+
+    _observers.append(stop)
+    try:
+        function(*args, **kwargs)
+    except _Stop as stopped:
+        return stopped.explanation
+    finally:
+        _observers.remove(stop)
+    raise ArgumentError(f"explain: {function!r} called no tilewise op")
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Explanation]]:
+    """Collect an Explanation for each eager op call made inside the block, in order."""
+    seen: list[Explanation] = []
+
+    def note(op: Op, canonical: tuple[Any, ...]) -> None:
+        seen.append(op.explain(*canonical))
+
+    _observers.append(note)
+    try:
+        yield seen
+    finally:
+        _observers.remove(note)
