@@ -1,0 +1,19 @@
+"""Checkpoint folders: validated safetensors reading, table-driven copying, atomic writing.
+
+Knows no model: a family says which tensor goes where, this package sees that the file is sound,
+that everything fits, and that nothing changes when it does not.
+"""
+
+from tilewise.checkpoints.copying import WeightRule, copy_weights
+from tilewise.checkpoints.reading import TensorInfo, WeightFiles, open_weights, read_config
+from tilewise.checkpoints.writing import write_folder
+
+__all__ = [
+    "TensorInfo",
+    "WeightFiles",
+    "WeightRule",
+    "copy_weights",
+    "open_weights",
+    "read_config",
+    "write_folder",
+]

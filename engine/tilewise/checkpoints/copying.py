@@ -1,0 +1,142 @@
+"""Copies a checkpoint's tensors into a model's, by a table that a family writes.
+
+Names, shapes and dtypes are compared in full before any data is read, and all data is read before
+the first value changes: a checkpoint that does not fit leaves the model as it was.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewise.checkpoints.reading import WeightFiles, described, listed, shown
+from tilewise.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One line of the table: `target` of the model comes from `source` of the checkpoint.
+
+    `transform` takes the source tensors in order and returns the target's values: a transpose, a
+    slice of a fused projection, a concatenation. It also runs on meta tensors, to learn the shape
+    it makes; without it there is one source, taken as it is.
+    """
+
+    target: str
+    source: str | tuple[str, ...]
+    transform: Callable[..., Tensor] | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return self.transform(*tensors) if self.transform else tensors[0]
+
+
+def copy_weights(
+    target: Mapping[str, Tensor],
+    weights: WeightFiles,
+    rules: Iterable[WeightRule],
+    *,
+    ignore: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """Fills `target` (as from state_dict()) in place, each tensor by its rule.
+
+    `ignore`: names the file may hold that the model has no use for. `tied`: {name: other} for
+    names that may repeat another one (the head of a tied model); when the file has them they must
+    be equal bit for bit. Floating-point values are cast to the target's dtype; no other dtype is
+    converted. A target without a rule must share its memory with one that has a rule.
+
+    Peak memory is that of the model plus the checkpoint. Raises CheckpointError, the target
+    unchanged, with up to ten missing, unexpected and unfitting names each.
+    """
+    table = list(rules)
+    tied = tied or {}
+    repeated = [name for name in tied if name in weights.tensors]
+    known = {name for rule in table for name in rule.sources} | set(ignore) | set(repeated)
+    problems = [
+        *problem("missing", missing(target, weights, table)),
+        *problem("unexpected", sorted(map(shown, weights.tensors.keys() - known))),
+        *problem("not fitting", [m for rule in table if (m := misfit(target, weights, rule))]),
+        *problem("not tied", [m for n in repeated if (m := untied(weights, n, tied[n]))]),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The weights in {weights.folder} do not fit the model that its config describes:\n"
+            + "\n".join(problems)
+            + "\nPut the config.json and the weights of one and the same model there"
+        )
+    staged = {rule.target: values_for(target[rule.target], weights, rule) for rule in table}
+    with torch.no_grad():
+        for name, values in staged.items():
+            target[name].copy_(values)
+
+
+def problem(kind: str, items: list[str], most: int = 10) -> list[str]:
+    if not items:
+        return []
+    more = [f"... and {len(items) - most:,} more"] if len(items) > most else []
+    return [f"  {len(items):,} {kind}: " + "; ".join(items[:most] + more)]
+
+
+def missing(
+    target: Mapping[str, Tensor], weights: WeightFiles, table: list[WeightRule]
+) -> list[str]:
+    """Source names the file lacks, and targets that no rule reaches, not even by shared memory."""
+    wanted = dict.fromkeys(name for rule in table for name in rule.sources)
+    filled = {target[rule.target].data_ptr() for rule in table if rule.target in target}
+    ruled = {rule.target for rule in table}
+    absent = [shown(name) for name in wanted if name not in weights.tensors]
+    unfilled = [
+        f"a source for the model's {shown(name)}"
+        for name, tensor in target.items()
+        if name not in ruled and tensor.data_ptr() not in filled
+    ]
+    return absent + unfilled
+
+
+def misfit(target: Mapping[str, Tensor], weights: WeightFiles, rule: WeightRule) -> str | None:
+    """What is wrong with the shape or dtype that `rule` would give its target, or None."""
+    if any(name not in weights.tensors for name in rule.sources):
+        return None  # reported as missing
+    infos = [weights.tensors[name] for name in rule.sources]
+    found = ", ".join(described(info.dtype, info.shape) for info in infos)
+    text = f"{listed(rule.sources)} is {found}"
+    if rule.target not in target:
+        return f"{text}, but the model has no {shown(rule.target)}"
+    want = target[rule.target]
+    stand_ins = [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos]
+    try:
+        made = rule.apply(*stand_ins)
+    except (RuntimeError, IndexError, ValueError):  # the transform met a shape it cannot take
+        made = None
+    if made is not None and made.shape == want.shape and converts(made.dtype, want.dtype):
+        return None
+    return f"{text}, but {shown(rule.target)} of the model is {described(want.dtype, want.shape)}"
+
+
+def converts(have: torch.dtype, want: torch.dtype) -> bool:
+    return have == want or (have.is_floating_point and want.is_floating_point)
+
+
+def untied(weights: WeightFiles, name: str, other: str) -> str | None:
+    if other not in weights.tensors:
+        return f"{shown(name)} is there and {shown(other)} is not"
+    first, second = weights.tensors[name], weights.tensors[other]
+    if (first.dtype, first.shape) == (second.dtype, second.shape):
+        if torch.equal(raw_bytes(weights.read(name)), raw_bytes(weights.read(other))):
+            return None
+    return f"{shown(name)} differs from {shown(other)}, and the model has one tensor for both"
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def values_for(want: Tensor, weights: WeightFiles, rule: WeightRule) -> Tensor:
+    values = rule.apply(*(weights.read(name) for name in rule.sources))
+    # A transform may return a view; the copy lets go of the rest of a fused tensor.
+    return values.to(want.dtype, copy=rule.transform is not None)

@@ -1,0 +1,401 @@
+"""Reads a checkpoint folder: config.json, and weights from safetensors files.
+
+A checkpoint is data from a stranger. Each file must be a regular file inside the folder (or in the
+Hugging Face cache the folder belongs to), and each safetensors header is checked here in full
+before a single tensor is allocated: the library itself lets duplicate keys, odd names and some
+impossible shapes through. Only safetensors and JSON are read, so loading never runs code.
+
+A safetensors file is: 8 bytes, the header's length N, little-endian; N bytes of JSON, an object
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}; then the data, with no gap anywhere.
+"""
+
+import json
+import os
+import shlex
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tilewise.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit; the index, which lists as much, shares it
+MAX_TENSORS = 100_000
+MAX_NAME_BYTES = 512
+MAX_TENSOR_BYTES = 2**48  # more than any address space holds
+MAX_DIMENSIONS = 64
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor. `begin` and `end` are bytes after the header."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class WeightFiles:
+    """The weights of one folder: every header already checked, data read one tensor at a time."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        files = sorted({info.file for info in tensors.values()})
+        self._handles = {file: opened(file) for file in files}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The named tensor in memory of its own on the CPU, as `dtype` or as stored.
+
+        Raises CheckpointError when the folder has no such tensor, or its file changed or failed
+        since the folder was opened.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {shown(name)}. It holds {listed(self.tensors)}"
+            )
+        try:
+            tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{info.file}: reading {shown(name)} failed: {error}. "
+                "Did the file change while loading? Load again"
+            ) from error
+        if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
+            raise CheckpointError(
+                f"{info.file}: {shown(name)} was {described(info.dtype, info.shape)} when checked "
+                f"and {described(tensor.dtype, tensor.shape)} when read. The file was replaced "
+                "while loading: load again"
+            )
+        return tensor.to(dtype or tensor.dtype)
+
+
+def opened(file: Path) -> Any:
+    """The library's handle, after its own check of the header: a second opinion on odd JSON.
+
+    It reads by pread: with mmap, a file that is truncated meanwhile kills the process (SIGBUS).
+    """
+    try:
+        return safe_open(file, "pt", backend="pread")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise damaged(file, f"the safetensors library says: {error}") from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The folder's config.json. Raises CheckpointError unless it is there and a JSON object."""
+    root = existing_folder(folder)
+    path = find_file(root, CONFIG)
+    if path is None:
+        raise CheckpointError(f"{root} has no {CONFIG}: is it the folder of a checkpoint?")
+    return read_json(path, MAX_CONFIG_BYTES)
+
+
+def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
+    """Checks every header of the folder's weights and returns them, no data read yet.
+
+    Takes model.safetensors or, without it, the shards of model.safetensors.index.json. Raises
+    CheckpointError naming the file and what is wrong with it.
+    """
+    root = existing_folder(folder)
+    if single := find_file(root, WEIGHTS):
+        return WeightFiles(root, read_header(single))
+    if index := find_file(root, INDEX):
+        return WeightFiles(root, read_shards(root, index))
+    raise CheckpointError(no_weights_message(root))
+
+
+# Folders and files
+
+
+def existing_folder(folder: str | os.PathLike[str]) -> Path:
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{os.fspath(folder)!r} is not a folder. Give a checkpoint's folder")
+    return Path(os.path.realpath(folder))
+
+
+def find_file(root: Path, name: str) -> Path | None:
+    """The real path of root/name, None when it does not exist; raises when it is out of bounds."""
+    path = root / name
+    if not os.path.lexists(path):
+        return None
+    with reading(path):
+        real = Path(os.path.realpath(path, strict=True))
+        regular = stat.S_ISREG(real.stat().st_mode)  # before open(): opening a FIFO would block
+    if not any(real.is_relative_to(allowed) for allowed in readable_roots(root)):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside the checkpoint. Copy the file into the folder"
+        )
+    if not regular:
+        raise CheckpointError(f"{path} is not a regular file. Put the checkpoint's file there")
+    return real
+
+
+def readable_roots(root: Path) -> list[Path]:
+    """The folder itself; for <cache>/models--a--b/snapshots/<revision> the cache's blobs as well.
+
+    The Hugging Face cache links each snapshot file to ../../blobs, and that on to a store which
+    all repositories share, <cache>/blobs.
+    """
+    repository = root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return [root, repository / "blobs", repository.parent / "blobs"]
+    return [root]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` names a file of the folder itself, on every system."""
+    return (
+        name not in ("", ".", "..")
+        and name.isprintable()
+        and name == PurePosixPath(name).name == PureWindowsPath(name).name
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def no_weights_message(root: Path) -> str:
+    message = f"{root} has no {WEIGHTS} and no {INDEX}"
+    pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not pickles:
+        return f"{message}: is it the folder of a checkpoint?"
+    place = json.dumps(str(root), ensure_ascii=False)  # a Python literal too
+    code = (
+        "from transformers import AutoModelForCausalLM; "
+        f"AutoModelForCausalLM.from_pretrained({place})"
+        f".save_pretrained({place}, safe_serialization=True)"
+    )
+    return (
+        f"{message}, only {listed(pickles)}: pickle can run code and is never read here. "
+        f"If you trust its source, convert it with\n  python -c {shlex.quote(code)}"
+    )
+
+
+# JSON
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    with reading(path):
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise CheckpointError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
+            return parse_object(path, file.read(max_bytes))
+
+
+def parse_object(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parses UTF-8 JSON that must be an object and may hold no key twice."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # covers Unicode and JSON errors
+        raise damaged(path, f"its JSON cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"its JSON is of type {type(value).__name__}, not an object")
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"key {shown(key)} appears twice")
+        keys.add(key)
+    return dict(pairs)
+
+
+# Headers
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from a header that is checked in full."""
+    with reading(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise damaged(
+                path,
+                f"it has {size:,} bytes and says that its header has {length:,}, where "
+                f"2 to {min(max(size - 8, 0), MAX_HEADER_BYTES):,} are possible",
+            )
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise damaged(path, f"its header starts with {raw[:1]!r}, not with '{{'")
+    header = parse_object(path, raw)
+    check_metadata(path, header.pop("__metadata__", {}))
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path} holds {len(header):,} tensors; {MAX_TENSORS:,} is the most")
+    tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
+    check_layout(path, tensors, size - 8 - length)
+    return tensors
+
+
+def check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise damaged(path, "its __metadata__ is not an object of strings")
+
+
+def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    check_name(path, name)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise damaged(path, f"{shown(name)} is not given by dtype, shape and data_offsets alone")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise CheckpointError(
+            f"{path}: {shown(name)} has dtype {shown(str(kind))}; readable are {', '.join(DTYPES)}"
+        )
+    if not is_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise damaged(path, f"the shape of {shown(name)} is not a short list of integers >= 0")
+    if not is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(path, f"the data_offsets of {shown(name)} are not [begin, end]")
+    begin, end = offsets
+    size = checked_size(path, name, shape, DTYPES[kind].itemsize)
+    if end - begin != size:
+        raise damaged(
+            path,
+            f"{shown(name)} of {described(DTYPES[kind], shape)} takes {size} bytes, "
+            f"and its data_offsets give it {shown(str(end - begin))}",
+        )
+    return TensorInfo(path, DTYPES[kind], tuple(shape), begin, end)
+
+
+def check_name(where: Path | str, name: str) -> None:
+    """Raises CheckpointError unless a checkpoint may hold a tensor of this name."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # a lone surrogate has no encoding
+        size = 0
+    if not 1 <= size <= MAX_NAME_BYTES or "\0" in name:
+        raise CheckpointError(
+            f"{where}: a tensor is called {shown(name)}, which is not 1 to {MAX_NAME_BYTES} bytes "
+            "of UTF-8 without NUL. Rename it where the file is made"
+        )
+
+
+def is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**63 for item in value
+    )
+
+
+def checked_size(path: Path, name: str, shape: list[int], itemsize: int) -> int:
+    """Bytes of a tensor. A zero hides no impossible dimension: [0, 2**62] is refused too."""
+    largest = itemsize
+    for dimension in shape:
+        largest *= max(dimension, 1)
+        if largest > MAX_TENSOR_BYTES:
+            raise damaged(path, f"the shape {shape} of {shown(name)} is beyond any memory")
+    return 0 if 0 in shape else largest
+
+
+def check_layout(path: Path, tensors: dict[str, TensorInfo], data_size: int) -> None:
+    """The tensors must fill the data exactly: no overlap, no hole, nothing left over."""
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise damaged(
+                path, f"{shown(name)} starts at byte {info.begin} of the data, not at {position}"
+            )
+        position = info.end
+    if position != data_size:
+        raise damaged(path, f"its tensors end at byte {position} of {data_size} bytes of data")
+
+
+# Shards
+
+
+def read_shards(root: Path, index: Path) -> dict[str, TensorInfo]:
+    """The tensors of all shards; index and shards must tell the same story."""
+    weight_map = read_json(index, MAX_HEADER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged(index, "its weight_map is missing, empty or not an object")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{index} lists {len(weight_map):,} tensors; {MAX_TENSORS:,} may be")
+    promised: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        check_shard_name(index, name, shard)
+        promised.setdefault(shard, set()).add(name)
+    tensors: dict[str, TensorInfo] = {}
+    for shard, names in sorted(promised.items()):
+        path = find_file(root, shard)
+        if path is None:
+            raise CheckpointError(f"{index} lists {shown(shard)}, which is missing: fetch it")
+        header = read_header(path)
+        check_same_names(root / shard, names, header.keys())
+        tensors.update(header)
+    return tensors
+
+
+def check_shard_name(index: Path, name: str, shard: Any) -> None:
+    if not isinstance(shard, str) or not is_plain_name(shard):
+        raise damaged(
+            index, f"it puts {shown(name)} in {shown(str(shard))}, not a file name of this folder"
+        )
+    if not shard.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{index} puts {shown(name)} in {shown(shard)}; only .safetensors files are read"
+        )
+
+
+def check_same_names(shard: Path, promised: Collection[str], found: Collection[str]) -> None:
+    if absent := set(promised) - set(found):
+        raise damaged(shard, f"the index promises {listed(absent)}, which it does not hold")
+    if extra := set(found) - set(promised):
+        raise damaged(shard, f"it holds {listed(extra)}, which the index does not place there")
+
+
+# Words
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}. Fetch or save the file again")
+
+
+def shown(name: str) -> str:
+    """A name from a file, quoted, escaped and short enough for a message."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")
+
+
+def listed(names: Collection[str], most: int = 10) -> str:
+    some = sorted(names)[:most]
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(map(shown, some)) or "nothing") + rest
+
+
+def described(dtype: torch.dtype, shape: Collection[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
