@@ -2,7 +2,19 @@
 
 from .attention import attention
 from .decode_attention import decode_attention
+from .feed_forward import feed_forward, linear_act
+from .layer_norm import layer_norm
 from .op import explain, force, record
 from .softmax import softmax
 
-__all__ = ["attention", "decode_attention", "explain", "force", "record", "softmax"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "explain",
+    "feed_forward",
+    "force",
+    "layer_norm",
+    "linear_act",
+    "record",
+    "softmax",
+]

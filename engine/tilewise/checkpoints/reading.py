@@ -112,12 +112,12 @@ def opened(file: Path) -> Any:
         raise damaged(file, f"the safetensors library says: {error}") from error
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The folder's config.json. Raises CheckpointError unless it is there and a JSON object."""
+def read_config(folder: str | os.PathLike[str], name: str = CONFIG) -> dict[str, Any]:
+    """The folder's config.json, or another JSON object file of it; CheckpointError without one."""
     root = existing_folder(folder)
-    path = find_file(root, CONFIG)
+    path = find_file(root, name)
     if path is None:
-        raise CheckpointError(f"{root} has no {CONFIG}: is it the folder of a checkpoint?")
+        raise CheckpointError(f"{root} has no {name}: is it the folder of a checkpoint?")
     return read_json(path, MAX_CONFIG_BYTES)
 
 

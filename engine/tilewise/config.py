@@ -1,0 +1,100 @@
+"""The one configuration that every model here is assembled from."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and choices of one Transformer; a family file translates its config.json into this.
+
+    Raises ConfigError when a value is out of range or two values contradict each other.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int | None = None  # key and value heads; None: as many as num_heads
+    ffn_size: int
+    encoder_layers: int = 0
+    decoder_layers: int = 0
+    max_positions: int
+    activation: Activation = "relu"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    final_norm: bool = True  # a norm after the last layer of each stack
+    positions: Literal["learned", "sinusoidal", "none"] = "learned"
+    scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    tie_embeddings: bool = True  # one matrix for every embedding and the output projection
+    attention_scale: float | None = None  # multiplies q k^T; None: 1 / sqrt(head size)
+    attention_scale_by_layer: bool = False  # divide the scale by the layer's number, from 1
+    dropout: float = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions"):
+            _whole(name, getattr(self, name), 1, 2**31 - 1)
+        for name in ("encoder_layers", "decoder_layers"):
+            _whole(name, getattr(self, name), 0, 100_000)
+        if self.encoder_layers + self.decoder_layers == 0:
+            raise ConfigError("encoder_layers and decoder_layers are both 0: a model needs layers")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads"
+            )
+        if self.num_kv_heads is not None:
+            _whole("num_kv_heads", self.num_kv_heads, 1, self.num_heads)
+            if self.num_heads % self.num_kv_heads:
+                raise ConfigError(
+                    f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+                )
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("norm_position", self.norm_position, ("pre", "post"))
+        _one_of("positions", self.positions, ("learned", "sinusoidal", "none"))
+        _number("norm_eps", self.norm_eps, 0.0, 1.0)
+        _number("dropout", self.dropout, 0.0, 1.0)
+        if self.attention_scale is not None:
+            _number("attention_scale", self.attention_scale, -1e6, 1e6)
+        for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, self.vocab_size - 1)
+        for token in self.eos_token_id:
+            _whole("eos_token_id", token, 0, self.vocab_size - 1)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high:  # type: ignore[operator, arg-type]
+        raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to {high}")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -1,0 +1,151 @@
+"""Multi-head attention over itself, over a memory, or over a cache of its own past.
+
+Shapes: x [R, S, E]; memory [M, N, E]; heads [R, H, S, D] with E = H * D.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tilewise_kernels import attention, decode_attention
+from tilewise_kernels.errors import ArgumentError
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values of the past, written once and read in place.
+
+    keys, values: [C, Hkv, T, D]. rows [R]: the cache row that each active row writes to.
+    lengths [R]: positions in use once this call's S tokens are written. beam_index [R, T] int32,
+    or None when row r reads cache row r. prompt: this call writes the first S positions of rows
+    that hold nothing yet (padded on the right; lengths says how far each row is real).
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    lengths: Tensor
+    beam_index: Tensor | None
+    prompt: bool
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Store the new keys and values [R, Hkv, S, D] behind each row's past."""
+        length = keys.shape[2]
+        if self.prompt:
+            self.keys[self.rows, :, :length] = keys
+            self.values[self.rows, :, :length] = values
+            return
+        for i in range(length):
+            at = self.lengths - length + i
+            self.keys[self.rows, :, at] = keys[:, :, i]
+            self.values[self.rows, :, at] = values[:, :, i]
+
+
+class Memory(NamedTuple):
+    """Keys and values of an encoder's output, computed once per sentence: [M, Hkv, N, D]."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor | None  # [M] real positions, None when all are
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with packed input projections, named as in torch.nn.MultiheadAttention.
+
+    in_proj_weight holds the rows of q, k and v in that order: [(H + 2 Hkv) * D, E]; with Hkv = H
+    the state_dict of torch.nn.MultiheadAttention(E, H) loads as it is. Batch comes first.
+    Source: Vaswani et al. 2017, section 3.2; grouped keys: Ainslie et al. 2023.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        bias: bool = True,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_kv_heads or num_heads
+        if num_heads < 1 or size % num_heads or num_heads % kv_heads:
+            raise ArgumentError(
+                f"MultiHeadAttention: {num_heads} heads and {kv_heads} key heads do not fit size "
+                f"{size}; heads must divide the size, and key heads the heads"
+            )
+        self.num_heads, self.kv_heads, self.head_size = num_heads, kv_heads, size // num_heads
+        self.scale = scale
+        packed = (num_heads + 2 * kv_heads) * self.head_size
+        self.in_proj_weight = nn.Parameter(torch.empty(packed, size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias else None
+        self.out_proj = nn.Linear(size, size, bias=bias)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | Memory | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        key_lengths: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[R, S, E] to [R, S, E].
+
+        memory: [M, N, E], or its keys and values from `remember`; attended to in place of x. When
+        it has fewer rows than x, each memory row serves R / M consecutive rows of x (the beams of
+        one sentence), which share its keys. mask: bool (True = attend) or float, broadcastable to
+        [R, H, S, keys]. key_lengths: [rows of keys]. cache: write x's keys there, attend to it.
+        """
+        if memory is not None:
+            if isinstance(memory, Tensor):
+                memory = self.remember(memory, key_lengths)
+            return self._attend_memory(x, memory, mask)
+        q, k, v = self._project(x, 0, self.num_heads + 2 * self.kv_heads).split(
+            [self.num_heads, self.kv_heads, self.kv_heads], dim=1
+        )
+        if cache is not None:
+            cache.write(k, v)
+        if cache is None or cache.prompt:
+            out = attention(
+                q, k, v, mask=mask, causal=causal, key_lengths=key_lengths, scale=self.scale
+            )
+        else:
+            out = decode_attention(
+                q, cache.keys, cache.values, cache.lengths, beam_index=cache.beam_index,
+                scale=self.scale,
+            )
+        return self._merge(out)
+
+    def remember(self, memory: Tensor, lengths: Tensor | None = None) -> Memory:
+        """Keys and values of a memory [M, N, E], to be attended to many times."""
+        both = self._project(memory, self.num_heads, 2 * self.kv_heads)
+        keys, values = both.split(self.kv_heads, dim=1)
+        return Memory(keys, values, lengths)
+
+    def _attend_memory(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:
+        rows, length, size = x.shape
+        sentences = memory.keys.shape[0]
+        if rows != sentences:  # beams become queries of their sentence
+            if mask is not None or sentences == 0 or rows % sentences:
+                raise ArgumentError(
+                    f"MultiHeadAttention: x has {rows} rows and memory {sentences}; rows must be a "
+                    "multiple of the memory's, and then takes no mask"
+                )
+            x = x.reshape(sentences, -1, size)
+        q = self._project(x, 0, self.num_heads)
+        out = attention(
+            q, memory.keys, memory.values, mask=mask, key_lengths=memory.lengths, scale=self.scale
+        )
+        return self._merge(out).reshape(rows, length, size)
+
+    def _project(self, x: Tensor, first_head: int, heads: int) -> Tensor:
+        """Project x onto `heads` heads of the packed weights: [R, heads, S, D]."""
+        rows = slice(first_head * self.head_size, (first_head + heads) * self.head_size)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        return F.linear(x, self.in_proj_weight[rows], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _merge(self, out: Tensor) -> Tensor:
+        return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,18 @@
+"""Encoder, decoder and seq2seq models assembled from one configuration."""
+
+from torch import nn
+
+from ..config import ModelConfig
+from .decoder import Decoder
+from .encoder import Encoder
+from .heads import ModelOutput
+from .seq2seq import Seq2Seq
+
+__all__ = ["Decoder", "Encoder", "ModelOutput", "Seq2Seq", "build"]
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """The model a configuration describes: by which of its two stacks have layers."""
+    if config.encoder_layers and config.decoder_layers:
+        return Seq2Seq(config)
+    return Decoder(config) if config.decoder_layers else Encoder(config)

@@ -1,0 +1,188 @@
+"""A model with its tokenizer, its generation defaults and its folder: what `load` returns."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import copy_weights, open_weights, read_config, write_folder
+from .config import ModelConfig
+from .errors import CheckpointError, TokenizerError
+from .families import family_of
+from .generation import GenerationOutput, generate
+from .models import ModelOutput, Seq2Seq, build
+from .text import Tokenizer, load_tokenizer
+
+
+class Model(nn.Module):
+    """A network of tilewise.models joined with text and generation.
+
+    network: the nn.Module itself; tokenizer: None when the folder had none; raw_config: the
+    config.json it came from, unknown keys included; generation_defaults: options that its folder
+    sets for generate.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        raw_config: Mapping[str, Any] | None = None,
+        generation_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.raw_config = dict(raw_config or {})
+        self.generation_defaults = dict(generation_defaults or {})
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config  # type: ignore[return-value]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> ModelOutput:
+        """The network's forward: see Decoder, Encoder and Seq2Seq."""
+        return self.network(input_ids, attention_mask, **more)
+
+    def generate(
+        self,
+        inputs: str | Sequence[str] | Tensor | Sequence[Sequence[int]],
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Generate from strings, token ids [B, S], or lists of ids of any lengths.
+
+        options: those of GenerationOptions (transformers' names). Given strings, the output's
+        `texts` holds the generated text without special tokens, for decoders without the prompt.
+        Raises TokenizerError for strings without a tokenizer, ArgumentError, GenerationError.
+        """
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        if not _are_strings(texts):
+            return generate(
+                self.network,
+                inputs,  # type: ignore[arg-type]
+                attention_mask=attention_mask,
+                defaults=self.generation_defaults,
+                **options,
+            )
+        tokenizer = self._need_tokenizer()
+        prompts = tokenizer.encode(texts)  # type: ignore[arg-type]
+        out = generate(self.network, prompts, defaults=self.generation_defaults, **options)
+        each = len(out.lengths) // max(len(prompts), 1)
+        skip = [0 if self._is_seq2seq else len(prompts[i // each]) for i in range(len(out.lengths))]
+        rows = zip(out.sequences.tolist(), skip, out.lengths.tolist(), strict=True)
+        out.texts = tokenizer.decode([row[start:stop] for row, start, stop in rows])
+        return out
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors and the tokenizer, all or nothing.
+
+        The folder is one that `load` reads back, and transformers too where it has the family.
+        Raises CheckpointError when it cannot be written; an existing checkpoint then stays.
+        """
+        family = family_of({"model_type": self.config.model_type})
+        extra = {} if self.tokenizer is None else self.tokenizer.files()
+        write_folder(
+            folder,
+            {**self.raw_config, **family.config_to(self.config)},
+            family.tensors_to(self.config, self.network.state_dict()),
+            extra,
+        )
+
+    @property
+    def _is_seq2seq(self) -> bool:
+        return isinstance(self.network, Seq2Seq)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "text was given, but the model's folder has no tokenizer.json (or vocab.json and "
+                "merges.txt); add one, or pass token ids"
+            )
+        return self.tokenizer
+
+
+def _are_strings(inputs: object) -> bool:
+    return (
+        isinstance(inputs, Sequence)
+        and len(inputs) > 0
+        and all(isinstance(text, str) for text in inputs)
+    )
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+) -> Model:
+    """Open a checkpoint folder, or a Hugging Face hub id, as a Model in eval mode.
+
+    source: a folder with config.json and model.safetensors (or an index of shards), and tokenizer
+    files when there are any; "dates" is the English to Japanese model that ships with tilewise.
+    Anything else is taken for a hub id and fetched by huggingface_hub, which honours
+    HF_HUB_OFFLINE. dtype: what the weights are converted to. Nothing is ever unpickled and no code
+    of the folder runs. Raises CheckpointError, ConfigError, TokenizerError.
+    """
+    folder = _folder(source)
+    wanted = _dtype(dtype)
+    raw = read_config(folder)
+    family = family_of(raw)
+    config = family.config_from(raw)
+    weights = open_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    network = build(config).to(wanted)
+    names = set(weights.tensors)
+    copy_weights(
+        network.state_dict(),
+        weights,
+        family.rules(config, names),
+        ignore=family.ignored(config, names),
+        tied=family.tied(config, names),
+    )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "
+            f"{config.vocab_size} embeddings; put the model's own tokenizer there"
+        )
+    defaults = _generation_defaults(folder, raw)
+    return Model(network.to(device).eval(), tokenizer, raw, defaults)
+
+
+def _folder(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if str(source) == "dates":
+        return Path(__file__).parent / "assets" / "dates"
+    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise CheckpointError(f"there is no folder {source}; pass a checkpoint folder or a hub id")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source} is no folder here, and the hub gave none: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise CheckpointError(f"dtype is {dtype!r}; pass float32, bfloat16, float16 or float64")
+    return named
+
+
+def _generation_defaults(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from generation_config.json, else those old folders keep in config.json."""
+    file = folder / "generation_config.json"
+    if file.exists():
+        return read_config(folder, "generation_config.json")
+    kept = ("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length")
+    return {name: raw[name] for name in kept if name in raw}
