@@ -12,14 +12,14 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tilewise.errors import TokenizerError
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 MAX_FILE_BYTES = 200_000_000
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token
-CHARACTER_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
+TRAINED_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
 
 
 class Tokenizer:
@@ -89,24 +89,50 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
         return checked(byte_level_bpe(vocab, merges), origin)
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A character tokenizer that knows every character of `texts`, in code point order.
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+    """A tokenizer for the words of `texts`: single characters, or byte pairs up to `vocab_size`.
 
-    Ids 0 to 3 are <pad>, <s>, </s>, <unk>. Each encoded text ends with </s>, and text of known
-    characters decodes to itself, spaces included; other characters become <unk>.
+    Without vocab_size every character of the texts is a token, in code point order. With it the
+    texts are lower-cased, each digit stands alone, a space belongs to the word behind it, and
+    frequent pairs are merged (Sennrich et al. 2016). Ids 0 to 3 are <pad>, <s>, </s>, <unk>; each
+    encoded text ends with </s>; text of known characters decodes to itself (lower-cased with
+    vocab_size), spaces included; other characters become <unk>.
     """
     texts = list(texts)
     check_texts(texts)
-    alphabet = sorted(set().union(*texts))
-    vocab = {token: i for i, token in enumerate([*CHARACTER_SPECIALS, *alphabet])}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.add_special_tokens(list(CHARACTER_SPECIALS))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend = characters(texts) if vocab_size is None else byte_pairs(texts, vocab_size)
+    backend.add_special_tokens(list(TRAINED_SPECIALS))
     backend.decoder = decoders.Fuse()  # without a decoder, tokens would be joined by spaces
     backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
+        single="$A </s>", special_tokens=[("</s>", TRAINED_SPECIALS.index("</s>"))]
     )
     return Tokenizer(backend, "the trained tokenizer")
+
+
+def characters(texts: list[str]) -> tokenizers.Tokenizer:
+    alphabet = sorted(set().union(*texts))
+    vocab = {token: i for i, token in enumerate([*TRAINED_SPECIALS, *alphabet])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return backend
+
+
+def byte_pairs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    least = len(TRAINED_SPECIALS) + len(set("".join(texts).lower()))
+    if vocab_size < least:
+        raise TokenizerError(
+            f"vocab_size is {vocab_size}; the characters of the texts alone need {least}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(" ", "merged_with_next")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(TRAINED_SPECIALS), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
 
 
 def byte_level_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:

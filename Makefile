@@ -1,0 +1,44 @@
+# Every target does its own set-up in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test test-long gpu bench clean
+
+.venv/ready: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit("tilewise needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt 'setuptools>=77' wheel ninja numpy torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --editable '.[triton,bench,test]'
+	touch .venv/ready
+
+# Translate a few phrases with beam search, then a file, then measure the kernels on this machine.
+demo: .venv/ready
+	$(BIN)/tilewise translate --n-best 2 "the seventeenth of March, 2019" \
+	    "half past three in the afternoon" "two hundred and six"
+	$(BIN)/tilewise translate --file examples/phrases.txt
+	$(BIN)/tilewise bench
+
+# What a newcomer runs: style, types, and every test that ends within minutes.
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m "not long and not gpu"
+
+# What takes longer: every configuration compiled ahead of time, larger fuzzing budgets.
+test-long: .venv/ready
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m "long"
+
+# On a GPU machine: uses its own python3, torch and triton, and installs nothing.
+gpu:
+	$(PYTHON) benches/gpu.py
+
+# The CPU benches, and the tables of benches/README.md made from them.
+bench: .venv/ready
+	OMP_NUM_THREADS=2 $(BIN)/pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json
+	$(BIN)/python benches/report.py benches/results/cpu.json
+
+clean:
+	rm -rf .venv build dist *.egg-info kernels/tilewise_kernels/_C*.so

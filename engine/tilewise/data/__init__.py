@@ -1,0 +1,1 @@
+"""What models learn from. Nothing here knows a model."""
