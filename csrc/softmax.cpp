@@ -1,0 +1,323 @@
+// Softmax on the CPU. Compiled once per capability (CPU_CAPABILITY = DEFAULT, AVX2, AVX512).
+//
+//   z = scale * x, masked        one read of x, into a row buffer that stays in cache
+//   e = exp(z - max z)           in the buffer
+//   y = e / sum e                one write of y
+//
+// Memory: forward 2 * rows * columns elements, backward 3, plus each distinct mask row once.
+// Accumulates in float32, or float64 for float64. NaN needs no branch: the maximum skips it, exp
+// keeps it, so the sum and with it the whole row become NaN, as does a row that holds +inf.
+
+#include "softmax.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+
+namespace tilewise::CPU_CAPABILITY {
+namespace {
+
+using at::vec::Vectorized;
+
+template <typename T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename A>
+constexpr int64_t kLanes = Vectorized<A>::size();
+
+// Work per task, in elements: below this a second thread costs more than it gives.
+constexpr int64_t kGrain = 8192;
+
+// ---- rows -------------------------------------------------------------------------------------
+
+// One row in the accumulation type, with room to round its length up to whole vectors.
+template <typename A>
+class RowBuffer {
+ public:
+  explicit RowBuffer(int64_t columns)
+      : data_(static_cast<A*>(::operator new((columns + kLanes<A>) * sizeof(A), kAlignment))) {}
+  ~RowBuffer() { ::operator delete(data_, kAlignment); }
+  RowBuffer(const RowBuffer&) = delete;
+  RowBuffer& operator=(const RowBuffer&) = delete;
+  A* data() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  A* data_;
+};
+
+template <typename T, typename A = Accumulate<T>>
+Vectorized<A> read(const T* from) {
+  if constexpr (std::is_same_v<T, A>) {
+    return Vectorized<A>::loadu(from);
+  } else {
+    Vectorized<float> value;
+    at::vec::load_to_float<T>(from, value);
+    return value;
+  }
+}
+
+template <typename T, typename A = Accumulate<T>>
+void write(T* to, const Vectorized<A>& value) {
+  if constexpr (std::is_same_v<T, A>) {
+    value.store(to);
+  } else {
+    at::vec::convert_from_float<T>(value, value).store(to, kLanes<A>);
+  }
+}
+
+// The first `count` lanes; the others are zero.
+template <typename T>
+auto read(const T* from, int64_t count) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return Vectorized<T>::loadu(from, count);
+  } else {
+    T lanes[kLanes<float>] = {};
+    std::memcpy(lanes, from, count * sizeof(T));
+    return read(lanes);
+  }
+}
+
+template <typename T, typename A>
+void write(T* to, const Vectorized<A>& value, int64_t count) {
+  if constexpr (std::is_same_v<T, A>) {
+    value.store(to, count);
+  } else {
+    at::vec::convert_from_float<T>(value, value).store(to, count);
+  }
+}
+
+// A row with column stride 1: `row` itself, or a copy in `gathered`.
+template <typename T>
+const T* unit_stride(const T* row, int64_t stride, int64_t columns, T* gathered) {
+  if (stride == 1) return row;
+  for (int64_t j = 0; j < columns; ++j) gathered[j] = row[j * stride];
+  return gathered;
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------
+
+// exp(x) for x <= 0, within 1 ulp down to 2^-126 and 0 below; NaN stays NaN.
+inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
+  using Vec = Vectorized<float>;
+  // 1.5 * 2^23 + 127: adding it rounds to an integer n and leaves n + 127, the biased exponent,
+  // in the low bits. At the clamp n = -127, whose scale 2^n comes out as exactly 0.
+  const Vec shift(12582912.0f + 127.0f);
+  x = at::vec::clamp_min(x, Vec(-88.02969f));
+  Vec n = at::vec::fmadd(x, Vec(1.44269504f), shift);
+  const auto exponent = at::vec::cast<int32_t>(n) << Vectorized<int32_t>(23);
+  n = n - shift;
+  Vec r = at::vec::fmadd(n, Vec(-0.693359375f), x);
+  r = at::vec::fmadd(n, Vec(2.12194440e-4f), r);
+  Vec p(1.9875691500e-4f);
+  p = at::vec::fmadd(p, r, Vec(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
+  p = at::vec::fmadd(p, r * r, r) + Vec(1.0f);
+  return p * at::vec::cast<float>(exponent);
+}
+
+inline Vectorized<double> exp_nonpositive(const Vectorized<double>& x) { return x.exp(); }
+
+// The larger of two, `top` where `value` is NaN.
+template <typename A>
+Vectorized<A> larger(const Vectorized<A>& top, const Vectorized<A>& value) {
+  return at::vec::clamp_min(top, value);
+}
+
+template <typename A, typename Op>
+A reduce(const Vectorized<A>& value, const Op& op) {
+  return at::vec::vec_reduce_all(op, value);
+}
+
+// ---- forward ----------------------------------------------------------------------------------
+
+template <typename A>
+struct MaskLanes;
+template <>
+struct MaskLanes<float> {
+  using type = int32_t;
+};
+template <>
+struct MaskLanes<double> {
+  using type = int64_t;
+};
+
+// A mask row in the accumulation type: what to add, or for a bool mask all bits set where the
+// column is masked out, ready for a blend.
+template <typename M, typename A>
+void read_mask(const M* mask, int64_t stride, int64_t columns, A* out) {
+  const auto convert = [](M value) -> A {
+    if constexpr (std::is_same_v<M, bool>) {
+      return std::bit_cast<A>(typename MaskLanes<A>::type{value} - 1);
+    } else {
+      return static_cast<A>(value);
+    }
+  };
+  if (stride == 1) {
+    for (int64_t j = 0; j < columns; ++j) out[j] = convert(mask[j]);
+  } else {
+    for (int64_t j = 0; j < columns; ++j) out[j] = convert(mask[j * stride]);
+  }
+}
+
+struct NoMask {};
+
+// Returns what the columns past the causal diagonal hold: 0, or NaN in a row of NaN.
+template <typename M, typename T, typename A>
+T forward_row(const T* x, const A* mask, int64_t columns, A scale, A* z, T* y) {
+  using Vec = Vectorized<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const Vec lowest(-std::numeric_limits<A>::infinity());
+  const int64_t whole = columns - columns % lanes;
+  const int64_t rest = columns - whole;
+
+  const auto scores = [&](const Vec& value, int64_t j) {
+    const Vec scaled = value * Vec(scale);
+    if constexpr (std::is_same_v<M, NoMask>) {
+      return scaled;
+    } else if constexpr (std::is_same_v<M, bool>) {
+      return Vec::blendv(scaled, lowest, Vec::loadu(mask + j));
+    } else {
+      return scaled + Vec::loadu(mask + j);
+    }
+  };
+  Vec top = lowest;
+  for (int64_t j = 0; j < whole; j += lanes) {
+    const Vec score = scores(read(x + j), j);
+    score.store(z + j);
+    top = larger(top, score);
+  }
+  if (rest > 0) {
+    const Vec score = Vec::set(lowest, scores(read(x + whole, rest), whole), rest);
+    score.store(z + whole);
+    top = larger(top, score);
+  }
+
+  A highest = reduce(top, larger<A>);
+  if (highest == -std::numeric_limits<A>::infinity()) highest = 0;  // then every exp is 0 or NaN
+  Vec sums(A(0));
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const Vec e = exp_nonpositive(Vec::loadu(z + j) - Vec(highest));
+    e.store(z + j);
+    sums = sums + e;
+  }
+  const A sum = reduce(sums, [](const Vec& a, const Vec& b) { return a + b; });
+  const A factor = sum == 0 ? A(0) : 1 / sum;
+  const Vec inverse(factor);
+  for (int64_t j = 0; j < whole; j += lanes) write(y + j, Vec::loadu(z + j) * inverse);
+  if (rest > 0) write(y + whole, Vec::loadu(z + whole) * inverse, rest);
+  return static_cast<T>(A(0) * factor);
+}
+
+template <typename T, typename M>
+void forward(const SoftmaxForward& args) {
+  using A = Accumulate<T>;
+  const int64_t columns = args.columns;
+  const T* const x = static_cast<const T*>(args.x);
+  T* const y = static_cast<T*>(args.y);
+
+  at::parallel_for(0, args.num_rows, kGrain / columns + 1, [&](int64_t begin, int64_t end) {
+    RowBuffer<A> z(columns), mask_row(columns);
+    RowBuffer<T> gathered(args.x_column_stride == 1 ? 0 : columns);
+    int64_t mask_offset = -1;  // the row that mask_row holds: broadcast masks repeat theirs
+    for (int64_t row = begin; row < end; ++row) {
+      const RowOffset at = offset_of(args.rows, row);
+      const int64_t active = attended(args, row);
+      if constexpr (!std::is_same_v<M, NoMask>) {
+        if (at.operand[1] != mask_offset) {
+          mask_offset = at.operand[1];
+          read_mask(static_cast<const M*>(args.mask) + mask_offset, args.mask_column_stride,
+                    columns, mask_row.data());
+        }
+      }
+      const T* x_row =
+          unit_stride(x + at.operand[0], args.x_column_stride, active, gathered.data());
+      T* const y_row = y + row * columns;
+      const T past =
+          forward_row<M>(x_row, mask_row.data(), active, A(args.scale), z.data(), y_row);
+      std::fill(y_row + active, y_row + columns, past);
+    }
+  });
+}
+
+template <typename T>
+void forward(const SoftmaxForward& args) {
+  switch (args.mask_kind) {
+    case Mask::none: return forward<T, NoMask>(args);
+    case Mask::boolean: return forward<T, bool>(args);
+    case Mask::f32: return forward<T, float>(args);
+    case Mask::same_as_x: return forward<T, T>(args);
+  }
+}
+
+// ---- backward ---------------------------------------------------------------------------------
+
+template <typename T, typename A>
+void backward_row(const T* grad, const T* y, int64_t columns, A scale, T* dx) {
+  using Vec = Vectorized<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t whole = columns - columns % lanes;
+  const int64_t rest = columns - whole;
+
+  Vec sums(A(0));
+  for (int64_t j = 0; j < whole; j += lanes) {
+    sums = at::vec::fmadd(read(grad + j), read(y + j), sums);
+  }
+  if (rest > 0) {
+    sums = at::vec::fmadd(read(grad + whole, rest), read(y + whole, rest), sums);
+  }
+  const Vec dot(reduce(sums, [](const Vec& a, const Vec& b) { return a + b; }));
+  for (int64_t j = 0; j < whole; j += lanes) {
+    write(dx + j, read(y + j) * Vec(scale) * (read(grad + j) - dot));
+  }
+  if (rest > 0) {
+    const Vec value = read(y + whole, rest) * Vec(scale) * (read(grad + whole, rest) - dot);
+    write(dx + whole, value, rest);
+  }
+}
+
+template <typename T>
+void backward(const SoftmaxBackward& args) {
+  const int64_t columns = args.columns;
+  at::parallel_for(0, args.num_rows, kGrain / columns + 1, [&](int64_t begin, int64_t end) {
+    RowBuffer<T> gathered(args.grad_column_stride == 1 ? 0 : columns);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* grad = static_cast<const T*>(args.grad) + offset_of(args.rows, row).operand[0];
+      grad = unit_stride(grad, args.grad_column_stride, columns, gathered.data());
+      backward_row(grad, static_cast<const T*>(args.y) + row * columns, columns,
+                   Accumulate<T>(args.scale), static_cast<T*>(args.dx) + row * columns);
+    }
+  });
+}
+
+}  // namespace
+
+void softmax_forward(const SoftmaxForward& args) {
+  switch (args.dtype) {
+    case Float::f32: return forward<float>(args);
+    case Float::f64: return forward<double>(args);
+    case Float::bf16: return forward<c10::BFloat16>(args);
+    case Float::f16: return forward<c10::Half>(args);
+  }
+}
+
+void softmax_backward(const SoftmaxBackward& args) {
+  switch (args.dtype) {
+    case Float::f32: return backward<float>(args);
+    case Float::f64: return backward<double>(args);
+    case Float::bf16: return backward<c10::BFloat16>(args);
+    case Float::f16: return backward<c10::Half>(args);
+  }
+}
+
+}  // namespace tilewise::CPU_CAPABILITY
