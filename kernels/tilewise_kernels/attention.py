@@ -1,13 +1,14 @@
 """Attention that never holds the score matrix: out = softmax(scale * q k^T | masks) v.
 
 Memory contract: forward saves q, k, v, out and the log-sum-exp of each row, all linear in length;
-backward recomputes the probabilities P = exp(scale * q k^T - lse) tile by tile. Work: 4 B Hq Sq Sk D
-FLOPs forward (half when causal), 2.5 times that backward; bytes: each of q, k, v, out once.
+backward recomputes the probabilities P = exp(scale * q k^T - lse) tile by tile. Work:
+4 B Hq Sq Sk D FLOPs forward (half when causal), 2.5 times that backward; bytes: q, k, v, out once.
 Source: Dao et al. 2022 and Dao 2023 (FlashAttention); Milakov and Gimelshein 2018 (online softmax).
 
 Shapes: q [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]; Hq = G * Hkv, query head h reads key head h // G;
 mask 4-D, broadcasting to [B, Hq, Sq, Sk]; key_lengths [B]; out [B, Hq, Sq, D], stored as
-[B, Sq, Hq, D] so that merging heads copies nothing; lse [B, Hq, Sq].
+[B, Sq, Hq, D] so that merging heads copies nothing (torch's kernel lays it out as q); lse
+[B, Hq, Sq].
 Causal is aligned bottom-right: query i attends to key j when j <= i + Sk - Sq.
 
 Ways: triton (attention_triton.py) on CUDA; torch: the CPU flash kernel inside torch, called on
@@ -15,16 +16,20 @@ pieces that it can express; blocked: plain torch over blocks of queries, for eve
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import lazy_triton
-from .checks import fail, has_shape, is_float_tensor, is_mask, is_number, matches
+from .checks import fail, has_shape, is_float_tensor, is_mask, is_number, matches, same_device
+from .launch import architecture
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 QUERY_BLOCK = 128  # rows of scores that the blocked way holds at a time
+# Rows with a smaller lse have no gradient: they have no key (-inf), or every key carries a finite
+# mask so large (finfo.min) that float32 cannot tell the lse from the mask. The same in every way.
+NO_GRADIENT = -1e30
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -88,8 +93,10 @@ def _attend_block(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the query rows `rows`; k and v already have their padding zeroed."""
     scores = _scores(q, k, mask, key_lengths, causal, scale, rows)
-    lse = torch.logsumexp(scores, -1) if k.shape[2] else scores.new_full(scores.shape[:-1], -torch.inf)
-    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    nothing = scores.new_full(scores.shape[:-1], -torch.inf)
+    lse = torch.logsumexp(scores, -1) if k.shape[2] else nothing
+    # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
+    p = torch.softmax(scores, -1).masked_fill_((lse == -torch.inf)[..., None], 0)
     out = p @ v[:, :, None].to(p.dtype)
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
@@ -145,7 +152,7 @@ def blocked_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dv = P^T g, dS = P (g v^T - rowsum(g out)), dq = scale dS k, dk = scale dS^T q, by blocks."""
+    """dv = P^T g, dP = g v^T, dS = P (dP - rowsum(P dP)), dq = dS k, dk = dS^T q, times scale."""
     wide, hkv = accumulator(q.dtype), k.shape[1]
     k0, v0 = _zero_padding(k, key_lengths).to(wide), _zero_padding(v, key_lengths).to(wide)
     dq = torch.empty_like(q)
@@ -154,10 +161,10 @@ def blocked_backward(
         rows = slice(start, min(start + QUERY_BLOCK, q.shape[2]))
         scores = _scores(q, k0, mask, key_lengths, causal, scale, rows)
         row_lse = lse[:, :, rows].unflatten(1, (hkv, -1))
-        p = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
+        p = torch.softmax(scores, -1).masked_fill_((row_lse < NO_GRADIENT)[..., None], 0)
         g = grad[:, :, rows].unflatten(1, (hkv, -1)).to(wide)
-        delta = (g * out[:, :, rows].unflatten(1, (hkv, -1)).to(wide)).sum(-1, keepdim=True)
-        ds = p * (g @ v0[:, :, None].transpose(-1, -2) - delta) * scale
+        dp = g @ v0[:, :, None].transpose(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale  # exact where one key takes all
         dq[:, :, rows] = (ds @ k0[:, :, None]).flatten(1, 2).to(q.dtype)
         dk += (ds.transpose(-1, -2) @ q[:, :, rows].unflatten(1, (hkv, -1)).to(wide)).sum(2)
         dv += (p.transpose(-1, -2) @ g).sum(2)
@@ -215,6 +222,8 @@ def _flash_operands(
     """
     lengths = None
     key_mask = None
+    if mask is not None:
+        mask = _stored(mask)
     if key_lengths is not None and (k.shape[2] >= 512 or (mask is not None and mask.shape[2] > 1)):
         lengths = [min(max(int(n), 0), k.shape[2]) for n in key_lengths.tolist()]
     elif key_lengths is not None:
@@ -232,6 +241,14 @@ def _flash_operands(
     elif key_mask is not None:
         mask = torch.zeros(key_mask.shape, dtype=additive).masked_fill_(~key_mask, -torch.inf)
     return _unit_stride(k), _unit_stride(v), mask, lengths
+
+
+def _stored(mask: Tensor) -> Tensor:
+    """The mask as it was before it was expanded: stride-0 dims but the keys become length 1."""
+    for dim in range(3):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -264,6 +281,8 @@ def _flash_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if scale < 0:  # the kernel's running maximum assumes that scaling keeps the order of scores
+        return _flash_forward(-q, k, v, mask, key_lengths, causal, -scale)
     b, hq, sq, _ = q.shape
     hkv = k.shape[1]
     k, v, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
@@ -290,7 +309,7 @@ def _flash_forward(
 def _flash_piece(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one piece. The kernel writes lse 0 for rows with no key at all; ours is -inf."""
+    """(out, lse) of one piece. The kernel writes lse 0 for rows with no key; ours is -inf."""
     out, lse = _flash_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
         attended = mask > -torch.inf
@@ -323,23 +342,26 @@ def _flash_backward(
     causal: bool,
     scale: float,
     needs: list[bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """With the whole row's out and lse each piece gives its exact share of the gradients."""
+    if scale < 0:
+        dq, dk, dv = _flash_backward(
+            grad, -q, k, v, out, lse, mask, key_lengths, causal, -scale, needs
+        )
+        return -dq, dk, dv
     (b, hq, sq, _), hkv = q.shape, k.shape[1]
     k0, v0, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
     pieces = _pieces(b, sq, k0.shape[2], causal, lengths)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0: no gradient
+    lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
     grad = grad.contiguous() if 0 in grad.stride() or grad.stride(-1) != 1 else grad
     q = _unit_stride(q)
     groups = hq // hkv
     if groups == 1 and len(pieces) == 1 and pieces[0] == _Piece(
         slice(0, b), slice(0, sq), slice(0, k0.shape[2]), pieces[0].causal
     ) and q.numel():
-        return tuple(
-            _flash_cpu_backward(
-                grad, q, k0, v0, out, lse, 0.0, pieces[0].causal,
-                attn_mask=_part(mask, pieces[0], 0, hkv), scale=scale,
-            )
+        return _flash_cpu_backward(
+            grad, q, k0, v0, out, lse, 0.0, pieces[0].causal,
+            attn_mask=_part(mask, pieces[0], 0, hkv), scale=scale,
         )
     wide = accumulator(q.dtype)
     dq = q.new_zeros(q.shape, dtype=wide)
@@ -408,6 +430,10 @@ def _triton_refuses(q: Tensor, *_: object) -> str | None:
         return "its matrix products have no float64"
     if not 1 <= q.shape[3] <= 256:
         return f"head dim {q.shape[3]} is outside 1..256"
+    if 0 < architecture(q.device) < 80:
+        return f"its block sizes are for sm_80 and newer, this is sm_{architecture(q.device)}"
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
     return None
 
 
@@ -432,7 +458,8 @@ def cost(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _empty_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 OP = Op(
@@ -491,8 +518,7 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, sk: int) -> None:
     if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in (torch.int32, torch.int64):
         got = key_lengths.dtype if isinstance(key_lengths, Tensor) else type(key_lengths).__name__
         raise fail("attention", "key_lengths", got, "pass an int32 or int64 torch.Tensor")
-    if key_lengths.device != q.device:
-        raise fail("attention", "key_lengths", f"on {key_lengths.device}", f"move it to {q.device}")
+    same_device("attention", "key_lengths", key_lengths, "q", q)
     has_shape("attention", "key_lengths", key_lengths, (q.shape[0],), "[batch]")
     # Reading values would stall a GPU and break a graph; there the kernels clamp instead.
     if key_lengths.is_cpu and not torch.compiler.is_compiling() and key_lengths.numel():
@@ -501,6 +527,30 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, sk: int) -> None:
             raise fail("attention", "key_lengths", f"{low}..{high}", f"keep it within 0..{sk}")
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -522,15 +572,18 @@ def attention(
     scale: multiplies q k^T; 1 / sqrt(D) when None.
     Returns out [B, Hq, Sq, D] in q's dtype, and with return_lse also the log-sum-exp of the scores
     [B, Hq, Sq], float32 (float64 for float64), without gradient. A row with nothing to attend to
-    gives out 0, gradient 0, lse -inf. Under autocast q, k, v are cast to its dtype. Sums are kept
-    in float32 or wider; forward and backward are deterministic. Raises ArgumentError for anything
-    else. Source: Vaswani et al. 2017; Dao 2023.
+    gives out 0, gradient 0, lse -inf; one whose every key carries a float mask below -1e30 gives
+    the mean of v, as eager softmax does, and gradient 0. Under autocast q, k, v are cast to its
+    dtype. Sums are kept in float32 or wider; forward and backward are deterministic. Raises
+    ArgumentError for anything else. Source: Vaswani et al. 2017; Dao 2023.
     """
     check_qkv("attention", q, k, v)
     (b, hq, sq, d), sk = q.shape, k.shape[2]
     if mask is not None:
         is_mask("attention", mask, "q", q, (b, hq, sq, sk), "[B, Hq, Sq, Sk]")
         mask = mask[(None,) * (4 - mask.dim())]
+        if mask.dtype == torch.float64:
+            mask = mask.to(accumulator(q.dtype))
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, sk)
     if scale is not None:

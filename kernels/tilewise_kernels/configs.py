@@ -1,0 +1,234 @@
+"""Tile sizes of the Triton kernels, as tables to read and to change."""
+
+from typing import NamedTuple
+
+import torch
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+class AttentionConfig(NamedTuple):
+    """Queries and keys of a tile, warps of a program and depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, architecture, "half" | "float32") -> padded head dim -> (without mask tensor, with one).
+# They began as the defaults PyTorch's own templates use on an H100 and were shrunk until ahead-of-
+# time compilation showed no spilled register and the right tensor-core instruction (benches/aot.py
+# repeats that): a mask tile takes registers, so the two columns differ. Two exceptions: float32
+# above head dim 64 spills, and on sm_100 the masked dk, dv row at 256 spills 16 bytes.
+# 80 serves every chip without wgmma or tcgen05 and stays within the 99 KB of the small ones.
+Tile = tuple[int, int, int, int]
+ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile]]] = {
+    ("forward", 80, "half"): {
+        32: ((128, 64, 4, 3), (128, 64, 8, 3)),
+        64: ((128, 64, 4, 3), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+        256: ((64, 64, 8, 1), (64, 32, 8, 2)),
+    },
+    ("backward_dq", 80, "half"): {
+        32: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        64: ((128, 64, 8, 3), (64, 32, 4, 3)),
+        128: ((128, 32, 8, 2), (64, 64, 8, 2)),
+        256: ((64, 32, 8, 1), (64, 16, 8, 2)),
+    },
+    ("backward_dkv", 80, "half"): {
+        32: ((64, 128, 8, 3), (64, 128, 8, 2)),
+        64: ((32, 128, 8, 3), (32, 128, 8, 2)),
+        128: ((16, 128, 8, 2), (64, 64, 8, 2)),
+        256: ((16, 64, 8, 1), (32, 32, 8, 2)),
+    },
+    ("forward", 90, "half"): {
+        32: ((128, 128, 8, 3), (128, 128, 8, 3)),
+        64: ((128, 128, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        256: ((128, 64, 8, 2), (128, 64, 8, 2)),
+    },
+    ("backward_dq", 90, "half"): {
+        32: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+    },
+    ("backward_dkv", 90, "half"): {
+        32: ((64, 128, 8, 3), (64, 128, 8, 3)),
+        64: ((64, 128, 8, 3), (64, 128, 8, 3)),
+        128: ((32, 128, 8, 3), (32, 128, 8, 2)),
+        256: ((16, 64, 8, 2), (32, 32, 8, 2)),
+    },
+    ("forward", 100, "half"): {
+        32: ((128, 128, 8, 3), (128, 128, 8, 3)),
+        64: ((128, 128, 8, 3), (128, 128, 8, 3)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3)),
+        256: ((128, 64, 8, 2), (128, 32, 8, 2)),
+    },
+    ("backward_dq", 100, "half"): {
+        32: ((128, 64, 8, 3), (128, 64, 4, 2)),
+        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        256: ((64, 64, 8, 1), (64, 64, 8, 1)),
+    },
+    ("backward_dkv", 100, "half"): {
+        32: ((64, 128, 8, 3), (64, 128, 8, 3)),
+        64: ((64, 128, 8, 2), (64, 128, 8, 3)),
+        128: ((64, 128, 8, 1), (64, 128, 8, 1)),
+        256: ((32, 64, 8, 1), (16, 64, 8, 1)),
+    },
+    ("forward", 80, "float32"): {
+        32: ((128, 32, 4, 3), (128, 32, 8, 3)),
+        64: ((128, 32, 8, 3), (64, 32, 8, 1)),
+        128: ((32, 32, 8, 1), (32, 32, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("backward_dq", 80, "float32"): {
+        32: ((64, 32, 8, 2), (64, 32, 4, 2)),
+        64: ((64, 16, 4, 2), (64, 16, 8, 2)),
+        128: ((32, 16, 8, 1), (32, 16, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("backward_dkv", 80, "float32"): {
+        32: ((16, 64, 4, 2), (32, 64, 8, 1)),
+        64: ((16, 64, 4, 2), (32, 32, 8, 1)),
+        128: ((16, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("forward", 90, "float32"): {
+        32: ((128, 32, 4, 3), (128, 32, 4, 3)),
+        64: ((128, 32, 8, 3), (128, 32, 8, 3)),
+        128: ((64, 32, 8, 1), (64, 32, 8, 1)),
+        256: ((64, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    ("backward_dq", 90, "float32"): {
+        32: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        64: ((64, 32, 4, 2), (64, 32, 4, 2)),
+        128: ((64, 16, 8, 1), (64, 16, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("backward_dkv", 90, "float32"): {
+        32: ((32, 64, 4, 2), (32, 64, 4, 2)),
+        64: ((32, 64, 8, 2), (16, 64, 4, 1)),
+        128: ((16, 64, 8, 1), (16, 64, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("forward", 100, "float32"): {
+        32: ((128, 32, 4, 3), (128, 32, 8, 3)),
+        64: ((128, 32, 8, 3), (64, 64, 8, 2)),
+        128: ((64, 32, 8, 1), (64, 32, 8, 1)),
+        256: ((64, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    ("backward_dq", 100, "float32"): {
+        32: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        64: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        128: ((64, 16, 8, 1), (64, 16, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    ("backward_dkv", 100, "float32"): {
+        32: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        64: ((32, 64, 8, 2), (32, 64, 8, 1)),
+        128: ((16, 64, 8, 1), (16, 64, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+}
+
+# the interpreter is slow and needs no large tile; these make short tensors span several
+ATTENTION_INTERPRETED: dict[str, Tile] = {
+    "forward": (32, 16, 4, 1),
+    "backward_dq": (32, 16, 4, 1),
+    "backward_dkv": (16, 32, 4, 1),
+}
+
+
+def attention_config(
+    kernel: str, capability: int, dtype: torch.dtype, head_dim: int, masked: bool
+) -> AttentionConfig:
+    """The tile of one attention kernel.
+
+    kernel: "forward", "backward_dq" or "backward_dkv". capability: 10 * major + minor, 80 or more,
+    or 0 for Triton's interpreter. head_dim: 1 to 256, the wider of keys and values. masked: whether
+    there is a mask tensor.
+    """
+    if capability == 0:
+        return AttentionConfig(*ATTENTION_INTERPRETED[kernel])
+    architecture = 90 if capability == 90 else 100 if 100 <= capability < 120 else 80
+    precision = "float32" if dtype == torch.float32 else "half"
+    width = max(32, 1 << (head_dim - 1).bit_length())
+    return AttentionConfig(*ATTENTION[kernel, architecture, precision][width][masked])
+
+
+# -- layer_norm ----------------------------------------------------------------------------------
+
+
+class NormConfig(NamedTuple):
+    """Rows and columns of a tile, and warps, of one normalisation kernel."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+
+
+# kernel -> (longest padded row, rows per tile, warps), the first that fits. Short rows share a
+# tile, so that a program has enough loads in flight; backward also holds two float32 sums.
+NORM = {
+    "forward": ((256, 16, 4), (512, 8, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4),
+                (8192, 1, 8), (16384, 1, 16)),
+    "backward": ((256, 16, 8), (512, 8, 8), (1024, 4, 8), (2048, 2, 8), (4096, 1, 8),
+                 (8192, 1, 16), (16384, 1, 32)),
+}  # fmt: skip
+NORM_WEIGHT = NormConfig(16, 256, 8)
+
+
+def norm_config(kernel: str, columns: int) -> NormConfig:
+    """The tile for rows of `columns` elements (1 to 16384): whole rows, padded to a power of two,
+    except for the kernel "weight", which walks down a strip of columns."""
+    if kernel == "weight":
+        return NORM_WEIGHT
+    block = max(16, 1 << (columns - 1).bit_length())
+    rows, warps = next(entry[1:] for entry in NORM[kernel] if block <= entry[0])
+    return NormConfig(rows, block, warps)
+
+
+# -- linear_act ----------------------------------------------------------------------------------
+
+
+class LinearConfig(NamedTuple):
+    """Tile, order and launch parameters of the matrix product with epilogue."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+# architecture -> kind of product; an architecture that is not listed uses the one below it. Where
+# K is not a multiple of BLOCK_K every load has a mask, and a large tile would spill.
+LINEAR = {
+    0: {  # the interpreter
+        "half": LinearConfig(32, 32, 32, 2, 4, 1),
+        "half, ragged": LinearConfig(32, 32, 32, 2, 4, 1),
+        "float32": LinearConfig(32, 32, 32, 2, 4, 1),
+    },
+    80: {
+        "half": LinearConfig(128, 128, 32, 8, 8, 3),
+        "half, ragged": LinearConfig(128, 128, 32, 8, 8, 3),
+        "float32": LinearConfig(64, 64, 32, 8, 4, 3),
+    },
+    90: {
+        "half": LinearConfig(128, 128, 64, 8, 8, 4),
+        "half, ragged": LinearConfig(128, 128, 32, 8, 8, 3),
+        "float32": LinearConfig(64, 64, 32, 8, 4, 3),
+    },
+}
+
+
+def linear_config(capability: int, dtype: torch.dtype, K: int) -> LinearConfig:
+    """The tile for a GPU of `capability` (90 for sm_90; 0 for the interpreter), dtype and depth."""
+    table = LINEAR[max(arch for arch in LINEAR if arch <= capability)]
+    if dtype == torch.float32:
+        return table["float32"]
+    return table["half, ragged" if K % table["half"].block_k else "half"]
