@@ -32,12 +32,17 @@ def is_float_tensor(op: str, name: str, tensor: object, min_dims: int = 1) -> No
         raise fail(op, name, f"of shape {shape_of(tensor)}", f"it needs {min_dims} or more dims")
 
 
-def matches(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless both tensors lie on one device and have one dtype."""
+def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors lie on one device."""
     if tensor.device != other.device:
         raise fail(
             op, name, f"on {tensor.device}", f"move it to {other.device}, where {other_name} is"
         )
+
+
+def matches(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors lie on one device and have one dtype."""
+    same_device(op, name, tensor, other_name, other)
     if tensor.dtype != other.dtype:
         raise fail(
             op, name, tensor.dtype, f"{other_name} is {other.dtype}; cast one with .to(dtype)"
@@ -89,8 +94,5 @@ def is_mask(
         raise fail(op, "mask", mask.dtype, "pass bool (True = attend) or float (added)")
     if mask.requires_grad:
         raise fail(op, "mask", "one that requires grad", "masks take no gradient: mask.detach()")
-    if mask.device != like.device:
-        raise fail(
-            op, "mask", f"on {mask.device}", f"move it to {like.device}, where {like_name} is"
-        )
+    same_device(op, "mask", mask, like_name, like)
     broadcasts(op, "mask", mask, shape, meaning)

@@ -7,15 +7,15 @@ to another hypothesis changes a small table of integers and copies no key or val
 
 Work: 4 R Hq Sq T D FLOPs; bytes: the T cached keys and values read once. Memory bound.
 
-Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_index; [pages, Hkv, P, D]
-with block_table); lengths [R]; beam_index [R, T] int32; block_table [R, pages per row] int32;
-alibi_slopes [Hq]; bias broadcasts to [R, Hq, Sq, T]; out [R, Hq, Sq, D].
+Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_index;
+[pages, Hkv, P, D] with block_table); lengths [R]; beam_index [R, T] int32; block_table
+[R, pages per row] int32; alibi_slopes [Hq]; bias broadcasts to [R, Hq, Sq, T]; out [R, Hq, Sq, D].
 """
 
 import torch
 from torch import Tensor
 
-from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches
+from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches, same_device
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 
@@ -83,7 +83,7 @@ def _read(
     beam_index: Tensor | None,
     block_table: Tensor | None,
 ) -> list[Tensor]:
-    """k and v of every row in the accumulator's dtype; stale positions zeroed, so NaN cannot leak."""
+    """k and v of every row in the accumulator's dtype; stale positions zeroed: no NaN leaks."""
     rows = [_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache)]
     unread = torch.arange(rows[0].shape[2], device=q.device) >= lengths[:, None]
     return [t.masked_fill(unread[:, None, :, None], 0).to(accumulator(q.dtype)) for t in rows]
@@ -155,7 +155,8 @@ OP = Op(
     implementations=[Implementation("reference", reference, reference_backward)],
     fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
     fake_backward=lambda grad, q, k, v, lengths, beam, table, slopes, bias, *_: tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None else grad.new_empty(0) for t in (q, k, v, bias)
+        grad.new_empty(0) if t is None else grad.new_empty(t.shape, dtype=t.dtype)
+        for t in (q, k, v, bias)
     ),
     save=lambda args, outputs: ((*args[:6], args[7], args[9]), (args[6], args[8])),
     inputs_with_grad=(0, 1, 2, 9),
@@ -163,10 +164,11 @@ OP = Op(
 )
 
 
-def _check_table(name: str, table: Tensor, rows: int, below: int, meaning: str) -> None:
+def _check_table(name: str, table: Tensor, q: Tensor, below: int, meaning: str) -> None:
     if not isinstance(table, Tensor) or table.dtype not in (torch.int32, torch.int64):
         raise fail("decode_attention", name, "not an integer tensor", "pass int32 or int64")
-    if table.dim() != 2 or table.shape[0] != rows:
+    same_device("decode_attention", name, table, "q", q)
+    if table.dim() != 2 or table.shape[0] != q.shape[0]:
         raise fail("decode_attention", name, f"of shape {list(table.shape)}", f"pass {meaning}")
     if table.is_cpu and not torch.compiler.is_compiling() and table.numel():
         low, high = (int(n) for n in torch.aminmax(table))
@@ -215,12 +217,12 @@ def decode_attention(
         raise fail(op, "block_table", "given with beam_index", "pass one of the two")
     capacity = t
     if beam_index is not None:
-        _check_table("beam_index", beam_index, r, c, "[rows, positions]")
+        _check_table("beam_index", beam_index, q, c, "[rows, positions]")
         capacity = beam_index.shape[1]
         if capacity > t:
             raise fail(op, "beam_index", f"{capacity} wide", f"the cache holds {t} positions")
     elif block_table is not None:
-        _check_table("block_table", block_table, r, c, "[rows, pages per row]")
+        _check_table("block_table", block_table, q, c, "[rows, pages per row]")
         capacity = block_table.shape[1] * t
     elif c != r:
         raise fail(op, "k_cache", f"of {c} rows", f"q has {r}; pass beam_index to read other rows")
@@ -228,14 +230,20 @@ def decode_attention(
     if scale is not None:
         is_number(op, "scale", scale)
     if alibi_slopes is not None:
+        is_float_tensor(op, "alibi_slopes", alibi_slopes)
+        same_device(op, "alibi_slopes", alibi_slopes, "q", q)
         has_shape(op, "alibi_slopes", alibi_slopes, (hq,), "[heads of q]")
+        if alibi_slopes.requires_grad:
+            raise fail(op, "alibi_slopes", "one that requires grad", "it takes none: .detach() it")
     left = -1
     if window is not None:
-        if len(window) != 2 or any(n is not None and n < 0 for n in window):
+        pair = isinstance(window, (tuple, list)) and len(window) == 2
+        if not pair or any(n is not None and n < 0 for n in window):
             raise fail(op, "window", window, "pass (left, right), each a number >= 0 or None")
         left = -1 if window[0] is None else int(window[0])
     if bias is not None:
         is_float_tensor(op, "bias", bias, min_dims=0)
+        same_device(op, "bias", bias, "q", q)
         broadcasts(op, "bias", bias, (r, hq, sq, capacity), "[R, Hq, Sq, T]")
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
@@ -250,8 +258,7 @@ def _check_lengths(lengths: Tensor, q: Tensor, capacity: int) -> None:
     op = "decode_attention"
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         raise fail(op, "lengths", "not an integer tensor", "pass an int32 or int64 torch.Tensor")
-    if lengths.device != q.device:
-        raise fail(op, "lengths", f"on {lengths.device}", f"move it to {q.device}, where q is")
+    same_device(op, "lengths", lengths, "q", q)
     has_shape(op, "lengths", lengths, (q.shape[0],), "[rows of q]")
     if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
         low, high = (int(n) for n in torch.aminmax(lengths))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError, KernelUnavailable
@@ -97,8 +98,15 @@ class _Forced(threading.local):
         return self.names.get(op) or self.names.get("")
 
 
+class _Observers(threading.local):
+    """Functions called with each eager op call of this thread, before it runs."""
+
+    def __init__(self) -> None:
+        self.functions: list[Callable[[Op, tuple[Any, ...]], None]] = []
+
+
 _forced = _Forced()
-_observers: list[Callable[[Op, tuple[Any, ...]], None]] = []
+_observing = _Observers()
 _warned: set[str] = set()
 _ops: dict[str, Op] = {}
 
@@ -111,20 +119,31 @@ def warn_once(message: str) -> None:
 
 
 def plain_eager(args: Sequence[object]) -> bool:
-    """Whether nothing is watching: no compiler, dispatch mode, functorch or tensor subclass."""
+    """Whether nothing is watching: compiler, dispatch mode, functorch, subclass or meta tensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for arg in args:
-        if isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter):
-            return False
+        if isinstance(arg, Tensor):
+            if type(arg) not in (Tensor, torch.nn.Parameter) or arg.is_meta:
+                return False
     return True
+
+
+def _has_tangents(args: Sequence[object]) -> bool:
+    """Whether forward-mode differentiation is under way; torch would drop the tangents unsaid."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None:
+        return bool(transform.key() == torch._C._functorch.TransformType.Jvp)
+    return forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on `device`, or None."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -157,7 +176,8 @@ class Op:
     schema, backward_schema: torch.library argument and return text. The backward's arguments are
         (grad of each differentiable output, *saved tensors, *saved constants); a trailing
         `bool[] needs` (which gradients are wanted) and `str implementation` are appended here.
-    fake(*args), fake_backward(*args): outputs with the right shape and dtype and no data.
+    fake(*args), fake_backward(*args): outputs with the right shape and dtype and no data. They are
+        contiguous, as what the registered op returns, whatever layout an implementation prefers.
     save(args, outputs) -> (tensors, constants) kept for the backward.
     outputs_with_grad, inputs_with_grad: how many leading outputs, and which inputs, differentiate.
     An unwanted gradient comes back as None from an implementation.
@@ -193,9 +213,13 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run on canonical arguments; returns the outputs (a tensor when there is only one)."""
+        if not torch.compiler.is_compiling() and _has_tangents(args):
+            raise RuntimeError(
+                f"tilewise::{self.name} has no forward-mode derivative; use plain torch ops"
+            )
         if not plain_eager(args):
             return self._registered(*args)
-        for observe in _observers:
+        for observe in _observing.functions:
             observe(self, args)
         if torch.is_grad_enabled() and any(
             isinstance(args[i], Tensor) and args[i].requires_grad for i in self.inputs_with_grad
@@ -238,10 +262,13 @@ class Op:
         )
 
     def _choose_backward(self, first: Tensor, args: Sequence[Any]) -> Implementation:
+        device = first.device.type
         for way in self.implementations.values():
-            if way.absent(first.device.type) is None and way.refuses_backward(*args) is None:
+            if device not in way.devices or way.missing() is not None:
+                continue
+            if way.refuses_backward(*args) is None:
                 return way
-        raise KernelUnavailable(f"{self.name}: no backward runs on {first.device.type}")
+        raise KernelUnavailable(f"{self.name}: no backward runs on {device}")
 
     def _demanded(self, name: str, device: str, args: Sequence[Any]) -> Implementation:
         way = self.implementations.get(name)
@@ -275,14 +302,14 @@ class Op:
         )
 
         def forward(*args: Any) -> Any:
-            outputs = self._run(*args)
+            outputs = tuple(output.contiguous() for output in self._run(*args))
             return outputs if len(outputs) > 1 else outputs[0]
 
         def backward(*args: Any) -> Any:
             *inner, needs, _ = args
             gradients = self._run_backward(*args)
             first = next(arg for arg in inner if isinstance(arg, Tensor))
-            filled = tuple(first.new_empty(0) if g is None else g for g in gradients)
+            filled = tuple(first.new_empty(0) if g is None else g.contiguous() for g in gradients)
             return filled if len(filled) > 1 else filled[0]
 
         def fake_backward(*args: Any) -> Any:
@@ -344,7 +371,7 @@ class Op:
 def _eager_function(op: Op) -> Callable[..., Any]:
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:  # type: ignore[override]
+        def forward(ctx: Any, *args: Any) -> Any:
             with _ready(args[0]) if _needs_ready(args[0]) else contextlib.nullcontext():
                 way = op.choose(args)
                 outputs = way.forward(*args)
@@ -353,7 +380,7 @@ def _eager_function(op: Op) -> Callable[..., Any]:
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, *grads: Any) -> Any:
             return op._gradients(ctx, grads, op._run_backward)
 
     Eager.__name__ = Eager.__qualname__ = op.name
@@ -400,13 +427,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     def stop(op: Op, canonical: tuple[Any, ...]) -> None:
         raise _Stop(op.explain(*canonical))
 
-    _observers.append(stop)
+    _observing.functions.append(stop)
     try:
         function(*args, **kwargs)
     except _Stop as stopped:
         return stopped.explanation
     finally:
-        _observers.remove(stop)
+        _observing.functions.remove(stop)
     raise ArgumentError(f"explain: {function!r} called no tilewise op")
 
 
@@ -418,8 +445,8 @@ def record() -> Iterator[list[Explanation]]:
     def note(op: Op, canonical: tuple[Any, ...]) -> None:
         seen.append(op.explain(*canonical))
 
-    _observers.append(note)
+    _observing.functions.append(note)
     try:
         yield seen
     finally:
-        _observers.remove(note)
+        _observing.functions.remove(note)

@@ -58,6 +58,8 @@ def _native_backward(
 def _native_refuses(x: Tensor, *_: object) -> str | None:
     if x.is_cuda and not native.built_for_cuda():
         return "the native extension was built without CUDA"
+    if x.dim() > 17:
+        return f"its row walk takes 16 dims before the last, x has {x.dim() - 1}"
     return None
 
 
@@ -119,16 +121,16 @@ def softmax(
     """
     is_float_tensor("softmax", "x", x, min_dims=1)
     is_number("softmax", "scale", scale)
-    if not -x.dim() <= dim < x.dim():
+    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise fail("softmax", "dim", dim, f"x has {x.dim()} dims: pass {-x.dim()}..{x.dim() - 1}")
     if causal and (x.dim() < 2 or dim % x.dim() != x.dim() - 1):
-        raise fail("softmax", "causal", f"True with dim={dim}", "it needs dim=-1 and 2 or more dims")
+        raise fail("softmax", "causal", f"True with dim={dim}", "it needs dim=-1 and 2+ dims")
     if autocast_dtype(x.device) is not None and x.dtype != torch.float64:
         x = x.float()
     if mask is not None:
         is_mask("softmax", mask, "x", x, x.shape, "the shape of x")
-        if mask.dtype != torch.bool:
-            mask = mask.to(x.dtype)
+        if mask.dtype not in (torch.bool, x.dtype):
+            mask = mask.to(accumulator(x.dtype))  # float16 would turn a finite -1e6 into -inf
     if dim % x.dim() == x.dim() - 1:
         return OP(x, mask, float(scale), causal)
     if mask is not None:

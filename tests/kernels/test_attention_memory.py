@@ -1,0 +1,56 @@
+"""Attention on the CPU holds no [Sq, Sk] tensor: peak memory grows with length, not its square."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import json, re, torch
+from tilewise_kernels import attention, force
+
+def peak():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]) / 1024
+
+def growth(length, way, **options):
+    q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again from what is in use now
+    before = peak()
+    with force(way, "attention"):
+        attention(q, k, v, **options).sum().backward()
+    return peak() - before
+
+def calls(length):
+    padded = torch.tensor([length - 100])
+    keys = (torch.arange(length) < length - 50)[None, None, None].expand(1, 1, length, length)
+    yield "torch, causal", "torch", {"causal": True}
+    yield "torch, lengths", "torch", {"key_lengths": padded}
+    yield "torch, expanded mask", "torch", {"mask": keys}
+    yield "blocked, causal, lengths", "blocked", {"causal": True, "key_lengths": padded}
+
+def all_of(length):
+    return {name: growth(length, way, **options) for name, way, options in calls(length)}
+
+all_of(256)
+print(json.dumps([all_of(4096), all_of(8192)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self")
+def test_memory_is_linear_in_length():
+    """Peak above the inputs, forward and backward: one float32 [Sq, Sk] is 256 MiB at 8192.
+
+    From 4096 to 8192 it may at most triple (noise included): quadratic growth would be fourfold.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    half, whole = json.loads(result.stdout)
+    for name, growth in whole.items():
+        assert growth < 128, f"{name}: {growth} MiB"
+        assert growth <= 3 * max(half[name], 8), f"{name}: {half[name]}, then {growth} MiB"
