@@ -283,16 +283,11 @@ def _flash_forward(
 ) -> tuple[Tensor, Tensor]:
     if scale < 0:  # the kernel's running maximum assumes that scaling keeps the order of scores
         return _flash_forward(-q, k, v, mask, key_lengths, causal, -scale)
-    b, hq, sq, _ = q.shape
-    hkv = k.shape[1]
+    (b, hq, sq, _), hkv = q.shape, k.shape[1]
     k, v, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
+    if _one_call(q, k, causal, lengths):
+        return _flash_piece(_unit_stride(q), k, v, causal and sq > 1, mask, scale)
     pieces = _pieces(b, sq, k.shape[2], causal, lengths)
-    whole = q[:0] if 0 in q.shape else _unit_stride(q)
-    if len(pieces) == 1 and hq == hkv and pieces[0].rows == slice(0, sq) and whole.shape[0]:
-        piece = pieces[0]
-        if piece.batch == slice(0, b):
-            k, v = k[:, :, piece.keys], v[:, :, piece.keys]
-            return _flash_piece(whole, k, v, piece.causal, _part(mask, piece, 0, hkv), scale)
     out = _empty_output(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
     out_g, lse_g = out.unflatten(1, (hkv, -1)), lse.unflatten(1, (hkv, -1))
@@ -304,6 +299,13 @@ def _flash_forward(
         part, part_lse = _flash_piece(q_g[at], k[keys], v[keys], piece.causal, part_mask, scale)
         _merge(out_g[at], lse_g[at], part, part_lse)
     return out, lse
+
+
+def _one_call(q: Tensor, k: Tensor, causal: bool, lengths: list[int] | None) -> bool:
+    """Whether the kernel takes the call as it is: paired heads, square or one query if causal."""
+    (_, hq, sq, _), (_, hkv, sk, _) = q.shape, k.shape
+    paired = hq == hkv and lengths is None and q.numel() > 0 and sk > 0
+    return paired and (not causal or sq == sk or sq == 1)
 
 
 def _flash_piece(
@@ -351,18 +353,15 @@ def _flash_backward(
         return -dq, dk, dv
     (b, hq, sq, _), hkv = q.shape, k.shape[1]
     k0, v0, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
-    pieces = _pieces(b, sq, k0.shape[2], causal, lengths)
-    lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
     grad = grad.contiguous() if 0 in grad.stride() or grad.stride(-1) != 1 else grad
     q = _unit_stride(q)
-    groups = hq // hkv
-    if groups == 1 and len(pieces) == 1 and pieces[0] == _Piece(
-        slice(0, b), slice(0, sq), slice(0, k0.shape[2]), pieces[0].causal
-    ) and q.numel():
+    if mask is not None or causal or lengths is not None:  # some rows may see nothing
+        lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
+    if _one_call(q, k0, causal, lengths):
         return _flash_cpu_backward(
-            grad, q, k0, v0, out, lse, 0.0, pieces[0].causal,
-            attn_mask=_part(mask, pieces[0], 0, hkv), scale=scale,
+            grad, q, k0, v0, out, lse, 0.0, causal and sq > 1, attn_mask=mask, scale=scale
         )
+    pieces, groups = _pieces(b, sq, k0.shape[2], causal, lengths), hq // hkv
     wide = accumulator(q.dtype)
     dq = q.new_zeros(q.shape, dtype=wide)
     dk, dv = k0.new_zeros(k0.shape, dtype=wide), v0.new_zeros(v0.shape, dtype=wide)

@@ -207,7 +207,7 @@ def _torch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
 ) -> Outputs:
     act = ACTIVATIONS[activation]
-    h = _like_rows(F.linear(_as_rows(x), weight, bias), x)
+    h = F.linear(x, weight, bias)
     if training and act.keeps_h:
         return act.value(h), h
     return act.overwrite(h), x.new_empty(0)

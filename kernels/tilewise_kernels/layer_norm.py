@@ -15,7 +15,7 @@ n = (s - mean) * rstd:
                                                              dbias   = sum(grad_y)
 
 dweight and dbias: each program adds up its rows in float32 registers and writes one row of a
-[2, programs, N] buffer, which one sum reduces. No locks, no atomics, the same bits on every run.
+[programs, N] buffer, which one sum reduces. No locks, no atomics, the same bits on every run.
 Work for M rows of N columns: 9MN FLOPs and 2MN elements of traffic forward (10MN and 4MN with a
 residual), 13MN FLOPs and 3MN elements backward (one more of each with a residual). Memory bound.
 
@@ -113,8 +113,9 @@ def _backward(gradients: Callable[..., Gradients]) -> Callable[..., tuple[Tensor
             grad_s = None  # belongs to the empty stand-in for an absent sum
         if grad is None:
             assert grad_s is not None, "a backward without any gradient"
+            only_s = grad_s.clone(memory_format=torch.contiguous_format)
             zero = mean.new_zeros(s.shape[-1])
-            found: Gradients = (grad_s.clone(memory_format=torch.contiguous_format), zero, zero)
+            found: Gradients = (only_s, zero, zero.clone())
         else:
             found = gradients(grad, grad_s, s, weight, mean, rstd, wanted)
         ds, dweight, dbias = found

@@ -298,18 +298,17 @@ def gradients(
     load(globals())
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device) if needs[0] else None
     if s.numel() == 0:
-        zero = mean.new_zeros(s.shape[-1])
-        return ds, zero, zero
+        return ds, mean.new_zeros(s.shape[-1]), mean.new_zeros(s.shape[-1])
     grad, s = _as_rows(grad), _as_rows(s)
     grad_s = None if grad_s is None else _as_rows(grad_s)
     weight = None if weight is None else weight.contiguous()
     M, N = s.shape
-    sums = mean.new_empty(sum(needs[1:]), partial_rows(M, N, s.device), N)
-    partial = [sums[0] if needs[1] else None, sums[-1] if needs[2] else None]
+    programs = partial_rows(M, N, s.device)
+    partial = [mean.new_empty(programs, N) if need else None for need in needs[1:]]
     for launch in backward_launches(grad, grad_s, s, weight, mean, rstd, ds, partial):
         launch.run(s.device)
-    total = sums.sum(1)
-    return ds, total[0] if needs[1] else None, total[-1] if needs[2] else None
+    dweight, dbias = (None if sums is None else sums.sum(0) for sums in partial)
+    return ds, dweight, dbias
 
 
 def refuses(s: Tensor) -> str | None:

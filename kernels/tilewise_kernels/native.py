@@ -1,8 +1,11 @@
 """Whether the C++/CUDA extension `tilewise_kernels._C` is here, and what it was built with."""
 
+import functools
 import importlib
 import importlib.util
 from typing import Any
+
+import torch
 
 _C: Any = None
 _problem: str | None = None
@@ -21,6 +24,12 @@ else:
 def missing() -> str | None:
     """Why no native implementation can run, or None."""
     return _problem
+
+
+@functools.cache
+def op(name: str) -> Any:
+    """torch.ops.tilewise_native.NAME's only overload: calling it is cheaper than the packet."""
+    return getattr(torch.ops.tilewise_native, name).default
 
 
 def build_info() -> dict[str, Any]:

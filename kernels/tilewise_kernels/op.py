@@ -118,17 +118,21 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def plain_eager(args: Sequence[object]) -> bool:
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def plain_eager(args: Sequence[Any]) -> bool:
     """Whether nothing is watching: compiler, dispatch mode, functorch, subclass or meta tensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_compiling() or _dispatch_modes() or _transform() is not None:
         return False
     for arg in args:
-        if isinstance(arg, Tensor):
-            if type(arg) not in (Tensor, torch.nn.Parameter) or arg.is_meta:
-                return False
-    return True
+        if type(arg) not in _PLAIN:
+            return False
+    return forward_ad._current_level < 0 and not args[0].is_meta
 
 
 def _has_tangents(args: Sequence[object]) -> bool:
@@ -143,7 +147,7 @@ def _has_tangents(args: Sequence[object]) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on `device`, or None."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if _any_autocast() and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -165,7 +169,7 @@ def _ready(tensor: Tensor) -> Iterator[None]:
 
 
 def _needs_ready(tensor: Tensor) -> bool:
-    if torch.is_autocast_enabled(tensor.device.type):
+    if _any_autocast() and torch.is_autocast_enabled(tensor.device.type):
         return True
     return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
@@ -213,18 +217,18 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run on canonical arguments; returns the outputs (a tensor when there is only one)."""
-        if not torch.compiler.is_compiling() and _has_tangents(args):
-            raise RuntimeError(
-                f"tilewise::{self.name} has no forward-mode derivative; use plain torch ops"
-            )
         if not plain_eager(args):
+            if not _is_compiling() and _has_tangents(args):
+                raise RuntimeError(
+                    f"tilewise::{self.name} has no forward-mode derivative; use plain torch ops"
+                )
             return self._registered(*args)
         for observe in _observing.functions:
             observe(self, args)
-        if torch.is_grad_enabled() and any(
-            isinstance(args[i], Tensor) and args[i].requires_grad for i in self.inputs_with_grad
-        ):
-            return self._eager_function(*args)
+        if torch.is_grad_enabled():
+            for i in self.inputs_with_grad:
+                if args[i] is not None and args[i].requires_grad:
+                    return self._eager_function(*args)
         outputs = self._run(*args)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -239,16 +243,18 @@ class Op:
         *inner, name = args
         first = next(arg for arg in inner if isinstance(arg, Tensor))
         way = self.implementations[name] if name else self._choose_backward(first, inner)
-        with _ready(first):
-            return way.backward(*inner)
+        if _needs_ready(first):
+            with _ready(first):
+                return way.backward(*inner)
+        return way.backward(*inner)
 
     # -- choosing ------------------------------------------------------------------------------
 
     def choose(self, args: Sequence[Any]) -> Implementation:
         """The implementation that runs this call: the forced one, else the first that may."""
-        device = args[0].device.type
-        forced = _forced.implementation(self.name)
-        if forced is not None:
+        device = "cpu" if args[0].is_cpu else args[0].device.type
+        forced = _forced.names and _forced.implementation(self.name)
+        if forced:
             return self._demanded(forced, device, args)
         for way in self.implementations.values():
             if device not in way.devices or way.slower(*args) is not None:
@@ -351,8 +357,9 @@ class Op:
         tensors, ctx.constants = self.save(inputs, outputs)
         ctx.save_for_backward(*tensors)
         ctx.implementation = implementation
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[self.outputs_with_grad :])
+        if len(outputs) > 1:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outputs[self.outputs_with_grad :])
 
     def _gradients(self, ctx: Any, grads: Sequence[Any], run: Callable[..., Any]) -> Any:
         """Gradients in the order of the forward's inputs, None where none is wanted."""
@@ -372,16 +379,24 @@ def _eager_function(op: Op) -> Callable[..., Any]:
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with _ready(args[0]) if _needs_ready(args[0]) else contextlib.nullcontext():
-                way = op.choose(args)
+            way = op.choose(args)
+            if _needs_ready(args[0]):
+                with _ready(args[0]):
+                    outputs = way.forward(*args)
+            else:
                 outputs = way.forward(*args)
             op._keep(ctx, args, outputs, way.name)
             return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():  # create_graph: refuse a second derivative if one is asked
+                return refusing(ctx, *grads)
             return op._gradients(ctx, grads, op._run_backward)
+
+    @once_differentiable
+    def refusing(ctx: Any, *grads: Any) -> Any:
+        return op._gradients(ctx, grads, op._run_backward)
 
     Eager.__name__ = Eager.__qualname__ = op.name
     return Eager.apply

@@ -46,13 +46,13 @@ def reference_backward(
 
 
 def _native_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor]:
-    return (torch.ops.tilewise_native.softmax_forward(x, mask, scale, causal),)
+    return (native.op("softmax_forward")(x, mask, scale, causal),)
 
 
 def _native_backward(
     grad: Tensor, y: Tensor, scale: float, needs: list[bool]
 ) -> tuple[Tensor | None]:
-    return (torch.ops.tilewise_native.softmax_backward(grad, y, scale),)
+    return (native.op("softmax_backward")(grad, y, scale),)
 
 
 def _native_refuses(x: Tensor, *_: object) -> str | None:
