@@ -27,7 +27,7 @@ def compile_table(tmp_path: Path, *options: str) -> list[dict]:
 
 def test_chosen_configurations_compile_clean(tmp_path):
     rows = compile_table(tmp_path, "--quick")
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["target"] for row in rows} >= {"sm_80", "sm_90", "sm_100"}
     assert all(row["verdict"] == "ok" and row["stack"] == 0 for row in rows)
 
 
