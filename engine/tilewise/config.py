@@ -1,7 +1,7 @@
 """The one configuration that every model here is assembled from."""
 
 import dataclasses
-import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ class ModelConfig:
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("norm_position", self.norm_position, ("pre", "post"))
         _one_of("positions", self.positions, ("learned", "sinusoidal", "none"))
+        for name in ("final_norm", "scale_embedding", "tie_embeddings", "attention_scale_by_layer"):
+            _one_of(name, getattr(self, name), (True, False))
         _number("norm_eps", self.norm_eps, 0.0, 1.0)
         _number("dropout", self.dropout, 0.0, 1.0)
         if self.attention_scale is not None:
@@ -69,6 +71,8 @@ class ModelConfig:
         for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, self.vocab_size - 1)
+        if not isinstance(self.eos_token_id, tuple):
+            raise ConfigError(f"eos_token_id is {self.eos_token_id!r}; it must be a tuple of ids")
         for token in self.eos_token_id:
             _whole("eos_token_id", token, 0, self.vocab_size - 1)
 
@@ -90,11 +94,29 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:  # type: ignore[operator, arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to {high}")
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+def _one_of(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def usable_ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:
+    """The special ids of a config.json (null, one id or a list) that the vocabulary has.
+
+    Small variants of a model often keep the ids of the large one, such as GPT-2's 50256. An id that
+    no token has is never generated, so leaving it out, with a warning, changes nothing. Raises
+    ConfigError for what is no id at all.
+    """
+    several = isinstance(value, (list, tuple))
+    ids: Any = value if several else () if value is None else (value,)
+    for token in ids:
+        _whole(name, token, 0, 2**31 - 1)
+    absent = [token for token in ids if token >= vocab_size]
+    if absent:
+        warnings.warn(
+            f"{name} {absent} is left out: the vocabulary is 0..{vocab_size - 1}", stacklevel=2
+        )
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))

@@ -1,4 +1,4 @@
-"""Every error tilewise raises on purpose. Each is also the builtin a caller would expect to catch."""
+"""Every error tilewise raises on purpose. Each is also the builtin a caller would catch."""
 
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable, TilewiseError
 

@@ -1,5 +1,6 @@
 """A model with its tokenizer, its generation defaults and its folder: what `load` returns."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import copy_weights, open_weights, read_config, write_folder
-from .config import ModelConfig
-from .errors import CheckpointError, TokenizerError
+from .config import ModelConfig, usable_ids
+from .errors import ArgumentError, CheckpointError, TokenizerError
 from .families import family_of
 from .generation import GenerationOutput, generate
 from .models import ModelOutput, Seq2Seq, build
 from .text import Tokenizer, load_tokenizer
+
+GENERATION = "generation_config.json"
 
 
 class Model(nn.Module):
@@ -42,7 +45,9 @@ class Model(nn.Module):
     def config(self) -> ModelConfig:
         return self.network.config  # type: ignore[return-value]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> ModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+    ) -> ModelOutput:
         """The network's forward: see Decoder, Encoder and Seq2Seq."""
         return self.network(input_ids, attention_mask, **more)
 
@@ -69,26 +74,35 @@ class Model(nn.Module):
                 **options,
             )
         tokenizer = self._need_tokenizer()
+        if attention_mask is not None:
+            raise ArgumentError("attention_mask was given with texts, which need none")
         prompts = tokenizer.encode(texts)  # type: ignore[arg-type]
         out = generate(self.network, prompts, defaults=self.generation_defaults, **options)
         each = len(out.lengths) // max(len(prompts), 1)
-        skip = [0 if self._is_seq2seq else len(prompts[i // each]) for i in range(len(out.lengths))]
+        # A seq2seq model's start token, or the one that an empty prompt gets, is no text either.
+        start = [1 if self._is_seq2seq else max(len(prompt), 1) for prompt in prompts]
+        skip = [start[i // each] for i in range(len(out.lengths))]
         rows = zip(out.sequences.tolist(), skip, out.lengths.tolist(), strict=True)
         out.texts = tokenizer.decode([row[start:stop] for row, start, stop in rows])
         return out
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and the tokenizer, all or nothing.
+        """Write config.json, model.safetensors, tokenizer and generation defaults, all or nothing.
 
         The folder is one that `load` reads back, and transformers too where it has the family.
         Raises CheckpointError when it cannot be written; an existing checkpoint then stays.
         """
         family = family_of({"model_type": self.config.model_type})
+        state = self.network.state_dict()
         extra = {} if self.tokenizer is None else self.tokenizer.files()
+        if self.generation_defaults:
+            extra[GENERATION] = json.dumps(self.generation_defaults, indent=2).encode()
+        kept = {name: value for name, value in self.raw_config.items() if name != "torch_dtype"}
+        stored = {"dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
         write_folder(
             folder,
-            {**self.raw_config, **family.config_to(self.config)},
-            family.tensors_to(self.config, self.network.state_dict()),
+            kept | stored | family.config_to(self.config),
+            family.tensors_to(self.config, state),
             extra,
         )
 
@@ -128,13 +142,14 @@ def load(
     of the folder runs. Raises CheckpointError, ConfigError, TokenizerError.
     """
     folder = _folder(source)
-    wanted = _dtype(dtype)
+    wanted, place = _dtype(dtype), _device(device)
     raw = read_config(folder)
     family = family_of(raw)
     config = family.config_from(raw)
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
-    network = build(config).to(wanted)
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and then overwritten
+        network = build(config).to(wanted)
     names = set(weights.tensors)
     copy_weights(
         network.state_dict(),
@@ -148,8 +163,8 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "
             f"{config.vocab_size} embeddings; put the model's own tokenizer there"
         )
-    defaults = _generation_defaults(folder, raw)
-    return Model(network.to(device).eval(), tokenizer, raw, defaults)
+    defaults = _generation_defaults(folder, raw, config.vocab_size)
+    return Model(network.to(place), tokenizer, raw, defaults).eval()
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
@@ -158,10 +173,11 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         return path
     if str(source) == "dates":
         return Path(__file__).parent / "assets" / "dates"
-    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+    is_path = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if is_path or str(source).count("/") > 1:
         raise CheckpointError(f"there is no folder {source}; pass a checkpoint folder or a hub id")
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
@@ -175,14 +191,26 @@ def _folder(source: str | os.PathLike[str]) -> Path:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if named not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise CheckpointError(f"dtype is {dtype!r}; pass float32, bfloat16, float16 or float64")
+        raise ArgumentError(f"dtype is {dtype!r}; pass float32, bfloat16, float16 or float64")
     return named
 
 
-def _generation_defaults(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one way to say no
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device is {device!r}, which this machine lacks: {reason}") from error
+
+
+def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Options from generation_config.json, else those old folders keep in config.json."""
-    file = folder / "generation_config.json"
-    if file.exists():
-        return read_config(folder, "generation_config.json")
+    if (folder / GENERATION).exists():
+        found = read_config(folder, GENERATION)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = usable_ids(name, found.pop(name, None), vocab_size)
+            if ids:
+                found[name] = list(ids) if name == "eos_token_id" else ids[0]
+        return found
     kept = ("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length")
     return {name: raw[name] for name in kept if name in raw}

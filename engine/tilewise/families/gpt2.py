@@ -1,12 +1,12 @@
 """GPT-2 (Radford et al. 2019): Hugging Face's config.json and weight names to ours, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..checkpoints import WeightRule
-from ..config import ModelConfig
+from ..config import ModelConfig, usable_ids
 from ..errors import ConfigError
 
 MODEL_TYPE = "gpt2"
@@ -25,17 +25,17 @@ ACTIVATIONS = {
 def config_from(raw: Mapping[str, Any]) -> ModelConfig:
     """Our configuration of a GPT-2 config.json; raises ConfigError for what it cannot mean."""
     activation = raw.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(
             f"activation_function is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
         )
     if raw.get("add_cross_attention", False):
         raise ConfigError("add_cross_attention is set; a GPT-2 here is a decoder on its own")
     size = _required(raw, "n_embd", 768)
-    eos = raw.get("eos_token_id")
+    vocab = _required(raw, "vocab_size", 50257)
     return ModelConfig(
         model_type=MODEL_TYPE,
-        vocab_size=_required(raw, "vocab_size", 50257),
+        vocab_size=vocab,
         hidden_size=size,
         num_heads=_required(raw, "n_head", 12),
         ffn_size=raw.get("n_inner") or 4 * size,
@@ -47,9 +47,9 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig:
         attention_scale=None if raw.get("scale_attn_weights", True) else 1.0,
         attention_scale_by_layer=raw.get("scale_attn_by_inverse_layer_idx", False),
         dropout=raw.get("resid_pdrop", 0.1),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        pad_token_id=raw.get("pad_token_id"),
+        bos_token_id=_one_id(raw, "bos_token_id", vocab),
+        eos_token_id=usable_ids("eos_token_id", raw.get("eos_token_id"), vocab),
+        pad_token_id=_one_id(raw, "pad_token_id", vocab),
     )
 
 
@@ -60,6 +60,10 @@ def _required(raw: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+def _one_id(raw: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
+    return next(iter(usable_ids(name, raw.get(name), vocab_size)), None)
+
+
 def _transposed(weight: Tensor) -> Tensor:
     """GPT-2 stores its linear maps as [in, out]; ours are [out, in]."""
     return weight.t()
@@ -68,7 +72,7 @@ def _transposed(weight: Tensor) -> Tensor:
 def rules(config: ModelConfig, names: set[str]) -> list[WeightRule]:
     """Which tensor of the file fills which of ours; `names`: all tensors of the file."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in names) else ""
-    table = [
+    table: list[tuple[str, str, Callable[[Tensor], Tensor] | None]] = [
         ("embedding.tokens.weight", "wte.weight", None),
         ("embedding.positions.weight", "wpe.weight", None),
         ("norm.weight", "ln_f.weight", None),

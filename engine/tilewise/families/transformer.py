@@ -14,7 +14,8 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 
 MODEL_TYPE = "tilewise-transformer"
-TIED = ("decoder.embedding.tokens.weight", "decoder.lm_head.weight")
+SHARED = "decoder.embedding.tokens.weight"  # a Seq2Seq's second name for its one embedding
+HEADS = ("lm_head.weight", "decoder.lm_head.weight")
 
 
 def config_from(raw: Mapping[str, Any]) -> ModelConfig:
@@ -53,5 +54,5 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """state_dict without the names that repeat the shared embedding."""
-    repeated = set(TIED[:1] if not config.tie_embeddings else TIED)
+    repeated = {SHARED, *HEADS} if config.tie_embeddings else {SHARED}
     return {name: tensor for name, tensor in state.items() if name not in repeated}

@@ -11,6 +11,8 @@ beam_index [R, T].
 import torch
 from torch import Tensor
 
+from tilewise_kernels.op import autocast_dtype
+
 from ..layers import LayerCache, Memory
 from ..models import Decoder
 
@@ -45,8 +47,10 @@ class CachedSteps:
         self.longest = self.prompts.shape[1]
         capacity = self.longest + new_tokens - 1  # the last token is never fed back
         shape = (len(prompts) * beams, config.kv_heads, capacity, config.head_size)
+        dtype = autocast_dtype(weight.device) or weight.dtype  # of the keys the layers will make
         self.stored = [
-            (weight.new_empty(shape), weight.new_empty(shape)) for _ in decoder.layers
+            (weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype))
+            for _ in decoder.layers
         ]
         first = torch.arange(len(prompts), device=weight.device) * beams
         self.rows = torch.arange(shape[0], device=weight.device)
@@ -97,14 +101,7 @@ class CachedSteps:
         self.rows, self.lengths = self.rows[rows], self.lengths[rows]
         self.beam_index = self.beam_index[rows]
         if self.memories is not None:
-            self.memories = [
-                Memory(
-                    memory.keys[sentences],
-                    memory.values[sentences],
-                    None if memory.lengths is None else memory.lengths[sentences],
-                )
-                for memory in self.memories
-            ]
+            self.memories = [memory.select(sentences) for memory in self.memories]
 
     def _layers(
         self, rows: Tensor, lengths: Tensor, beam_index: Tensor | None, prompt: bool
@@ -152,10 +149,7 @@ class UncachedSteps:
         rows = sentences[:, None] * self.beams + torch.arange(self.beams, device=sentences.device)
         self.past, self.lengths = self.past[rows.flatten()], self.lengths[rows.flatten()]
         if self.memories is not None:
-            self.memories = [
-                Memory(*(t if t is None else t[sentences] for t in memory))
-                for memory in self.memories
-            ]
+            self.memories = [memory.select(sentences) for memory in self.memories]
 
     def _last_logits(self) -> Tensor:
         positions = torch.arange(self.past.shape[1], device=self.past.device)

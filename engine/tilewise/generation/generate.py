@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import ArgumentError
 from ..models import Decoder, Seq2Seq
-from ..models.inputs import check_ids
+from ..models.inputs import check_ids, check_mask
 from .cache import CachedSteps, UncachedSteps, pad_right
 from .options import GenerationOptions, resolve
 from .search import beam_search, greedy_search
@@ -59,20 +59,20 @@ def generate(
         raise ArgumentError(f"{type(model).__name__} does not generate; it takes a decoder")
     config: ModelConfig = model.config
     rows = _ragged("input_ids", input_ids, attention_mask, config)
-    given = {name: value for name, value in options.items() if value is not None}
     longest = max((len(row) for row in rows), default=1)
     seq2seq = isinstance(model, Seq2Seq)
-    chosen = resolve(given, defaults or {}, config, 1 if seq2seq else max(longest, 1))
+    chosen = resolve(options, defaults or {}, config, 1 if seq2seq else max(longest, 1))
     prompts = _decoder_prompts(rows, chosen, seq2seq)
     if not rows:
         ids = torch.zeros(0, 0, dtype=torch.int64)
         return GenerationOutput(ids, ids.sum(1), torch.zeros(0), torch.zeros(0, 0))
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         return _search(model, rows, prompts, chosen)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def _search(
@@ -125,10 +125,7 @@ def _ragged(
         check_ids(name, ids, config.vocab_size, config.max_positions)
         if attention_mask is None:
             return ids.tolist()
-        if attention_mask.shape != ids.shape:
-            raise ArgumentError(
-                f"attention_mask has shape {list(attention_mask.shape)}; pass {list(ids.shape)}"
-            )
+        check_mask("attention_mask", attention_mask, ids)
         pairs = zip(ids.tolist(), (attention_mask != 0).tolist(), strict=True)
         return [[i for i, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
     if attention_mask is not None:
@@ -144,7 +141,8 @@ def _ragged(
                 raise ArgumentError(f"{name}[{i}] holds {token!r}; pass whole numbers")
             if not 0 <= token < config.vocab_size:
                 raise ArgumentError(
-                    f"{name}[{i}] holds the id {token}; the vocabulary is 0..{config.vocab_size - 1}"
+                    f"{name}[{i}] holds the id {token}; the vocabulary is "
+                    f"0..{config.vocab_size - 1}"
                 )
         if len(row) > config.max_positions:
             raise ArgumentError(

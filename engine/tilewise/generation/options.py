@@ -1,6 +1,5 @@
 """The options of one generate call, checked before any work."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -58,7 +57,7 @@ def resolve(
     merged |= {k: v for k, v in defaults.items() if k in names and v is not None}
     merged |= {name: value for name, value in given.items() if value is not None}
     eos = merged.get("eos_token_id", ())
-    merged["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+    merged["eos_token_id"] = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     if given.get("max_new_tokens") is None and given.get("max_length") is not None:
         merged.pop("max_new_tokens", None)
     options = GenerationOptions(**merged)
@@ -102,13 +101,11 @@ def _check(options: GenerationOptions, config: ModelConfig) -> None:
             _whole(name, getattr(options, name), 1, 2**31 - 1, "any practical length")
     _whole("min_new_tokens", options.min_new_tokens, 0, 2**31 - 1, "any practical length")
     _whole("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, 2**31 - 1, "any length")
-    _real("length_penalty", options.length_penalty)
-    _real("repetition_penalty", options.repetition_penalty)
-    if options.repetition_penalty <= 0:
-        raise ArgumentError(
-            f"repetition_penalty is {options.repetition_penalty}; pass a number above 0 (1 = none)"
-        )
-    if options.early_stopping not in (True, False, "never"):
+    _real("length_penalty", options.length_penalty, -100)
+    _real("repetition_penalty", options.repetition_penalty, 0)
+    if options.repetition_penalty == 0:
+        raise ArgumentError("repetition_penalty is 0; pass a number above 0 (1 = none)")
+    if not isinstance(options.early_stopping, bool) and options.early_stopping != "never":
         raise ArgumentError(
             f'early_stopping is {options.early_stopping!r}; pass True, False or "never"'
         )
@@ -116,7 +113,13 @@ def _check(options: GenerationOptions, config: ModelConfig) -> None:
         raise ArgumentError(f'dialect is {options.dialect!r}; there is "hf"')
     if not isinstance(options.use_cache, bool):
         raise ArgumentError(f"use_cache is {options.use_cache!r}; pass True or False")
-    for name in ("forced_bos_token_id", "forced_eos_token_id", "bos_token_id", "pad_token_id"):
+    for name in (
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+    ):
         if getattr(options, name) is not None:
             _whole(name, getattr(options, name), 0, vocab - 1, "the vocabulary")
     for token in options.eos_token_id:
@@ -132,7 +135,7 @@ def _whole(name: str, value: object, low: int, high: int, bound: str) -> None:
         )
 
 
-def _real(name: str, value: object) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ArgumentError(f"{name} is {value!r}; pass a finite number")
+def _real(name: str, value: object, low: int, high: int = 100) -> None:
+    """The bounds keep length ** penalty a float; NaN lies within none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ArgumentError(f"{name} is {value!r}; pass a number from {low} to {high}")

@@ -18,10 +18,11 @@ def process(scores: Tensor, history: Tensor, step: int, options: GenerationOptio
         scores = _ban_ngrams(scores, history, options.no_repeat_ngram_size)
     if step < options.min_new_tokens and options.eos_token_id:
         scores = _ban(scores, options.eos_token_id)
-    if options.forced_bos_token_id is not None and step == 0 and history.shape[1] == 1:
-        scores = _only(scores, (options.forced_bos_token_id,))
+    if options.forced_bos_token_id is not None and step == 0:
+        starting = (history >= 0).sum(1, keepdim=True) == 1  # only the start token so far
+        scores = torch.where(starting, _only(scores, options.forced_bos_token_id), scores)
     if options.forced_eos_token_id is not None and step + 1 == options.max_new_tokens:
-        scores = _only(scores, (options.forced_eos_token_id,))
+        scores = _only(scores, options.forced_eos_token_id)
     return scores
 
 
@@ -29,9 +30,10 @@ def _ban(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
     return scores.index_fill(1, torch.tensor(tokens, device=scores.device), -torch.inf)
 
 
-def _only(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
+def _only(scores: Tensor, token: int) -> Tensor:
     kept = torch.full_like(scores, -torch.inf)
-    return kept.index_fill(1, torch.tensor(tokens, device=scores.device), 0.0)
+    kept[:, token] = 0.0
+    return kept
 
 
 def _penalise_repeats(scores: Tensor, history: Tensor, penalty: float) -> Tensor:

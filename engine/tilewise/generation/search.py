@@ -1,7 +1,7 @@
 """Greedy and beam search over a decoder's steps.
 
 Shapes: B sentences, A of them still open, k beams, V vocabulary, N tokens to generate at most, K
-candidates; running and finished tokens [A, k, N]; scores [A, k] are summed log-probabilities [nats].
+candidates; running and finished tokens [A, k, N]; scores [A, k], summed log-probabilities [nats].
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
     result = nothing(len(prompts), k, limit, device)
     sentences = torch.arange(len(prompts), device=device)
     finished, running = result.select(sentences), result.select(sentences)
-    running.scores[:, 0], is_open = 0.0, torch.ones(len(prompts), 1, dtype=torch.bool, device=device)
+    running.scores[:, 0] = 0.0
     full = torch.zeros(len(prompts), k, dtype=torch.bool, device=device)
     ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=device)
     past = _left_padded(prompts, device).repeat_interleave(k, 0)
@@ -86,8 +86,10 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
         history = torch.cat([past, running.tokens[:, :, :step].flatten(0, 1)], 1)
         log_probs = process(torch.log_softmax(logits.float(), -1), history, step, options)
         totals = log_probs.unflatten(0, (-1, k)) + running.scores[..., None]
-        scores, flat = totals.flatten(1).topk(candidates)
-        _check_scores(scores, sentences, step)
+        totals = totals.flatten(1)
+        scores, flat = totals.topk(min(candidates, totals.shape[1]))
+        exhausted = scores[:, 0].isneginf() & ~full.any(1)
+        _check_scores(scores.isnan().any(1) | exhausted, sentences, step)
         beams, tokens = flat // vocab, flat % vocab
         chosen = _extended(running, beams, tokens, scores, step)
         ended = torch.isin(tokens, ends) | (step + 1 == limit)
@@ -97,14 +99,13 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
         running, parents = chosen.pick(best), beams.gather(1, best)
         running.scores = next_scores.gather(1, best)
 
-        closing = ended & (torch.arange(candidates, device=device) < k)
+        closing = ended & (torch.arange(flat.shape[1], device=device) < k)
         chosen.scores = scores / (step + 1) ** options.length_penalty + ~closing * WORST
         merged, merged_full = finished.join(chosen), torch.cat([full, closing], 1)
         best = merged.scores.topk(k)[1]
         finished, full = merged.pick(best), merged_full.gather(1, best)
 
-        is_open &= _can_improve(running.scores, finished.scores, full, step + 1, options)
-        closed = ~is_open[:, 0]
+        closed = ~_can_improve(running.scores, finished.scores, full, step + 1, options)
         if options.early_stopping is True:
             closed = closed | full.all(1)
         if step + 1 == limit:
@@ -115,8 +116,8 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
             if not len(going):
                 return result
             steps.keep(going)
-            sentences, is_open, full = sentences[going], is_open[going], full[going]
-            finished, running, parents = finished.select(going), running.select(going), parents[going]
+            sentences, full, parents = sentences[going], full[going], parents[going]
+            finished, running = finished.select(going), running.select(going)
             past = past.unflatten(0, (-1, k))[going].flatten(0, 1)
         first_rows = torch.arange(len(parents), device=device)[:, None] * k
         logits = steps.step(running.tokens[:, :, step].flatten(), (parents + first_rows).flatten())
@@ -139,13 +140,13 @@ def _extended(
 def _can_improve(
     running: Tensor, finished: Tensor, full: Tensor, length: int, options: GenerationOptions
 ) -> Tensor:
-    """[A, 1]: whether the best running score might still beat the worst finished one."""
+    """[A]: whether the best running score might still beat the worst finished one."""
     limit = options.max_new_tokens or 1
     if options.early_stopping == "never" and options.length_penalty > 0:
         length = limit
     best = running[:, :1] / length**options.length_penalty
     worst = torch.where(full, finished.min(1, keepdim=True)[0], WORST)
-    return (best > worst).any(-1, keepdim=True)
+    return (best > worst).any(-1)
 
 
 def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOptions) -> Hypotheses:
@@ -162,9 +163,10 @@ def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOpt
     ends = torch.tensor(options.eos_token_id, dtype=torch.int64, device=device)
     past = _left_padded(prompts, device)
     for step in range(limit):
-        scores = process(logits.float(), torch.cat([past, result.tokens[sentences, 0, :step]], 1), step, options)
+        history = torch.cat([past, result.tokens[sentences, 0, :step]], 1)
+        scores = process(logits.float(), history, step, options)
         best, tokens = scores.max(-1)
-        _check_scores(best[:, None] - best[:, None], sentences, step)
+        _check_scores(~best.isfinite(), sentences, step)
         log_probs = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
         result.tokens[sentences, 0, step] = tokens
         result.log_probs[sentences, 0, step] = log_probs
@@ -177,7 +179,7 @@ def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOpt
             steps.keep(going)
             sentences, past, tokens = sentences[going], past[going], tokens[going]
         logits = steps.step(tokens, torch.arange(len(tokens), device=device))
-    result.scores /= result.lengths**options.length_penalty
+    result.scores /= result.lengths ** float(options.length_penalty)
     return result
 
 
@@ -187,12 +189,11 @@ def _left_padded(prompts: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _check_scores(scores: Tensor, sentences: Tensor, step: int) -> None:
-    """NaN scores would silently pick token 0 or the NaN itself."""
-    wrong = scores.isnan().any(1)
+def _check_scores(wrong: Tensor, sentences: Tensor, step: int) -> None:
+    """GenerationError naming the `wrong` sentences [A]: they would silently pick any token."""
     if bool(wrong.any()):
         rows = sentences[wrong].tolist()
         raise GenerationError(
-            f"the model gave NaN or no finite scores at step {step} for rows {rows[:10]}; check the "
-            "weights and the dtype (float16 may overflow: try bfloat16 or float32)"
+            f"no finite score is left at step {step} for rows {rows[:10]}: check the weights and "
+            "the dtype (float16 may overflow: try bfloat16 or float32), or ban fewer tokens"
         )

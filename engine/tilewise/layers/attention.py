@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise_kernels import attention, decode_attention
+from tilewise_kernels.checks import fail, matches, shape_of
 from tilewise_kernels.errors import ArgumentError
+from tilewise_kernels.op import autocast_dtype
 
 
 class LayerCache(NamedTuple):
@@ -49,6 +51,11 @@ class Memory(NamedTuple):
     values: Tensor
     lengths: Tensor | None  # [M] real positions, None when all are
 
+    def select(self, sentences: Tensor) -> "Memory":
+        """The memory of these sentences [A] only."""
+        lengths = None if self.lengths is None else self.lengths[sentences]
+        return Memory(self.keys[sentences], self.values[sentences], lengths)
+
 
 class MultiHeadAttention(nn.Module):
     """Attention with packed input projections, named as in torch.nn.MultiheadAttention.
@@ -68,8 +75,8 @@ class MultiHeadAttention(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = num_kv_heads or num_heads
-        if num_heads < 1 or size % num_heads or num_heads % kv_heads:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, kv_heads) < 1 or size % num_heads or num_heads % kv_heads:
             raise ArgumentError(
                 f"MultiHeadAttention: {num_heads} heads and {kv_heads} key heads do not fit size "
                 f"{size}; heads must divide the size, and key heads the heads"
@@ -143,9 +150,16 @@ class MultiHeadAttention(nn.Module):
 
     def _project(self, x: Tensor, first_head: int, heads: int) -> Tensor:
         """Project x onto `heads` heads of the packed weights: [R, heads, S, D]."""
+        size = self.in_proj_weight.shape[1]
+        if x.dim() != 3 or x.shape[-1] != size:
+            got = f"of shape {shape_of(x)}"
+            raise fail("MultiHeadAttention", "x or memory", got, f"pass [rows, length, {size}]")
+        if autocast_dtype(x.device) is None:
+            matches("MultiHeadAttention", "x or memory", x, "in_proj_weight", self.in_proj_weight)
         rows = slice(first_head * self.head_size, (first_head + heads) * self.head_size)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        return F.linear(x, self.in_proj_weight[rows], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        projected = F.linear(x, self.in_proj_weight[rows], bias)
+        return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -31,6 +31,8 @@ class Embedding(nn.Module):
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.dropout = nn.Dropout(config.dropout)
         self.positions: nn.Embedding | None = None
+        self.table: Tensor | None
+        self.register_buffer("table", None)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         elif config.positions == "sinusoidal":
@@ -44,6 +46,6 @@ class Embedding(nn.Module):
             x = x * self.scale
         if self.positions is not None:
             x = x + self.positions(positions)
-        elif hasattr(self, "table"):
+        elif self.table is not None:
             x = x + self.table[positions].to(x.dtype)
         return self.dropout(x)

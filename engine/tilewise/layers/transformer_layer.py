@@ -6,6 +6,7 @@ Shapes: x [R, S, E].
 from torch import Tensor, nn
 
 from tilewise_kernels import feed_forward
+from tilewise_kernels.errors import ArgumentError
 
 from ..config import ModelConfig
 from .attention import LayerCache, Memory, MultiHeadAttention
@@ -54,6 +55,11 @@ class TransformerLayer(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[R, S, E] to [R, S, E]; the masks and the cache are those of MultiHeadAttention."""
+        if (memory is None) != (self.multihead_attn is None):
+            raise ArgumentError(
+                "TransformerLayer: a layer with cross attention takes a memory, and no other does; "
+                f"memory is {'not given' if memory is None else 'given'}"
+            )
         last_norm = self.norm2 if self.multihead_attn is None else self.norm3
         inner = self.norm1(x) if self.pre_norm else x
         step = self.self_attn(

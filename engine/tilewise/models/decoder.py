@@ -4,6 +4,7 @@ Shapes: ids [R, S]; hidden [R, S, E]; logits [R, S, V].
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import ArgumentError, ConfigError
 from ..layers import Embedding, LayerCache, LayerNorm, Memory, TransformerLayer
 from .heads import IGNORED_LABEL, ModelOutput, initialise, output_projection, token_loss
-from .inputs import check_ids, padding
+from .inputs import check_ids, padding, refuse
 
 
 class Decoder(nn.Module):
@@ -30,7 +31,8 @@ class Decoder(nn.Module):
             TransformerLayer(config, number=i + 1, cross_attention=config.encoder_layers > 0)
             for i in range(config.decoder_layers)
         )
-        self.norm = LayerNorm(config.hidden_size, eps=config.norm_eps) if config.final_norm else None
+        last_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = last_norm if config.final_norm else None
         self.lm_head = output_projection(config, tokens)
         if own:
             initialise(self, 0.02)
@@ -65,7 +67,8 @@ class Decoder(nn.Module):
 
     def remember(self, memory: Tensor, lengths: Tensor | None) -> list[Memory]:
         """Each layer's keys and values of an encoder's output [M, N, E]."""
-        return [layer.multihead_attn.remember(memory, lengths) for layer in self.layers]
+        attentions = [cast(TransformerLayer, layer).multihead_attn for layer in self.layers]
+        return [each.remember(memory, lengths) for each in attentions if each is not None]
 
     def forward(
         self,
@@ -82,9 +85,11 @@ class Decoder(nn.Module):
         the left of every row. Raises ArgumentError before any work for ids out of range, a mask of
         another shape, or arguments that a language model does not take.
         """
-        for name, given in (("token_type_ids", token_type_ids), ("decoder_input_ids", decoder_input_ids)):
-            if given is not None:
-                raise ArgumentError(f"{name} was given; {self.config.model_type} takes none")
+        refuse(
+            self.config.model_type,
+            token_type_ids=token_type_ids,
+            decoder_input_ids=decoder_input_ids,
+        )
         ids = check_ids("input_ids", input_ids, self.config.vocab_size, self.config.max_positions)
         if labels is not None:
             labels = check_labels(labels, ids, self.config.vocab_size)
@@ -99,7 +104,7 @@ class Decoder(nn.Module):
 def check_labels(labels: Tensor, like: Tensor, vocab_size: int) -> Tensor:
     """labels as a LongTensor of like's shape, ids or -100; ArgumentError otherwise."""
     ids = labels.masked_fill(labels == IGNORED_LABEL, 0) if isinstance(labels, Tensor) else labels
-    check_ids("labels", ids, vocab_size, labels.shape[-1] if isinstance(labels, Tensor) else 0)
+    check_ids("labels", ids, vocab_size)
     if labels.shape != like.shape:
         raise ArgumentError(f"labels have shape {list(labels.shape)}; pass {list(like.shape)}")
     return labels.long()

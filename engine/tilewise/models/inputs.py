@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 
 
-def check_ids(name: str, ids: object, vocab_size: int, max_length: int) -> Tensor:
+def check_ids(name: str, ids: object, vocab_size: int, max_length: int | None = None) -> Tensor:
     """ids as a LongTensor [R, S] with every id in the vocabulary; ArgumentError otherwise."""
     if not isinstance(ids, Tensor):
         raise ArgumentError(f"{name} is {type(ids).__name__}; pass a LongTensor [rows, length]")
@@ -17,7 +17,7 @@ def check_ids(name: str, ids: object, vocab_size: int, max_length: int) -> Tenso
         raise ArgumentError(f"{name} is {ids.dtype}; pass token ids as int64")
     if ids.dim() != 2:
         raise ArgumentError(f"{name} has shape {list(ids.shape)}; pass [rows, length]")
-    if ids.shape[1] > max_length:
+    if max_length is not None and ids.shape[1] > max_length:
         raise ArgumentError(
             f"{name} is {ids.shape[1]} tokens long; the model has {max_length} positions: "
             "shorten the input"
@@ -33,20 +33,33 @@ def check_ids(name: str, ids: object, vocab_size: int, max_length: int) -> Tenso
     return ids.long()
 
 
-def padding(
-    attention_mask: Tensor | None, like: Tensor, name: str = "attention_mask"
-) -> tuple[Tensor | None, Tensor | None]:
+def check_mask(name: str, mask: object, like: Tensor) -> None:
+    """ArgumentError unless mask is a tensor of like's shape."""
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"{name} is {type(mask).__name__}; pass a tensor {list(like.shape)}")
+    if mask.shape != like.shape:
+        raise ArgumentError(f"{name} has shape {list(mask.shape)}; pass {list(like.shape)}")
+
+
+def refuse(model_type: str, **arguments: object) -> None:
+    """ArgumentError naming the first of these arguments that was given: the model takes none."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ArgumentError(f"{name} was given; {model_type} takes none")
+
+
+def padding(attention_mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(key_lengths [R], mask [R, 1, 1, S]) of a 0/1 mask; at most one of them is not None.
 
     Padding on the right becomes lengths, which cost nothing; any other pattern a bool mask.
     """
     if attention_mask is None:
         return None, None
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != like.shape:
-        got = getattr(attention_mask, "shape", type(attention_mask).__name__)
-        raise ArgumentError(f"{name} is {got}; pass a tensor of shape {list(like.shape)}")
+    check_mask("attention_mask", attention_mask, like)
     if attention_mask.device != like.device:
-        raise ArgumentError(f"{name} is on {attention_mask.device}; move it to {like.device}")
+        raise ArgumentError(
+            f"attention_mask is on {attention_mask.device}; move it to {like.device}"
+        )
     real = attention_mask != 0
     lengths = real.sum(1)
     right = torch.arange(like.shape[1], device=like.device) < lengths[:, None]

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, ConfigError
 from .decoder import Decoder, check_labels
 from .encoder import Encoder
 from .heads import IGNORED_LABEL, ModelOutput, initialise, sinusoid_safe_start, token_loss
-from .inputs import check_ids
+from .inputs import check_ids, refuse
 
 
 class Seq2Seq(nn.Module):
@@ -61,8 +61,7 @@ class Seq2Seq(nn.Module):
         those are given. labels [R, S]: -100 = ignored. Raises ArgumentError before any work.
         """
         config = self.config
-        if token_type_ids is not None:
-            raise ArgumentError(f"token_type_ids was given; {config.model_type} takes none")
+        refuse(config.model_type, token_type_ids=token_type_ids)
         if decoder_input_ids is None:
             if labels is None:
                 raise ArgumentError("neither decoder_input_ids nor labels was given; pass one")
@@ -72,11 +71,12 @@ class Seq2Seq(nn.Module):
         )
         if labels is not None:
             labels = check_labels(labels, ids, config.vocab_size)
-        if isinstance(input_ids, Tensor) and input_ids.shape[:1] != ids.shape[:1]:
+        source = check_ids("input_ids", input_ids, config.vocab_size, config.max_positions)
+        if len(source) != len(ids):
             raise ArgumentError(
-                f"input_ids has {input_ids.shape[0]} rows and decoder_input_ids {ids.shape[0]}"
+                f"input_ids has {len(source)} rows and decoder_input_ids {len(ids)}; pass as many"
             )
-        memory, lengths, mask = self.encoder.encode(input_ids, attention_mask)
+        memory, lengths, mask = self.encoder.encode(source, attention_mask)
         x = self.decoder.embedding(ids, torch.arange(ids.shape[1], device=ids.device))
         hidden = self.decoder.run(x, memory=memory, memory_lengths=lengths, memory_mask=mask)
         logits = self.decoder.lm_head(hidden)
