@@ -48,8 +48,10 @@ def cuda_build(torch_cuda: str | None) -> tuple[list[str], str] | None:
         return None
     release = re.search(r"release (\d+)", nvcc_says("--version"))
     if release is None or release[1] != torch_cuda.split(".")[0]:
-        shout(f"nvcc is {release and release[1]} but PyTorch has CUDA {torch_cuda}: building "
-              "without CUDA kernels. Put the nvcc of that major version on PATH.")
+        shout(
+            f"nvcc is {release and release[1]} but PyTorch has CUDA {torch_cuda}: building "
+            "without CUDA kernels. Put the nvcc of that major version on PATH."
+        )
         return None
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):  # cpp_extension turns it into flags
         return ["-O3"], wanted

@@ -46,7 +46,7 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions"):
             _whole(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("encoder_layers", "decoder_layers"):
-            _whole(name, getattr(self, name), 0, 100_000)
+            _whole(name, getattr(self, name), 0, 1_000)
         if self.encoder_layers + self.decoder_layers == 0:
             raise ConfigError("encoder_layers and decoder_layers are both 0: a model needs layers")
         if self.hidden_size % self.num_heads:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import copy_weights, open_weights, read_config, write_folder
+from .checkpoints import check_weights, copy_weights, open_weights, read_config, write_folder
 from .config import ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, TokenizerError
 from .families import family_of
@@ -148,16 +148,14 @@ def load(
     config = family.config_from(raw)
     weights = open_weights(folder)
     tokenizer = load_tokenizer(folder)
+    names = set(weights.tensors)
+    rules = family.rules(config, names)
+    more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
+    with torch.device("meta"):  # a config that asks for too much is found before it is allocated
+        check_weights(build(config).state_dict(), weights, rules, **more)
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and then overwritten
         network = build(config).to(wanted)
-    names = set(weights.tensors)
-    copy_weights(
-        network.state_dict(),
-        weights,
-        family.rules(config, names),
-        ignore=family.ignored(config, names),
-        tied=family.tied(config, names),
-    )
+    copy_weights(network.state_dict(), weights, rules, **more)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "

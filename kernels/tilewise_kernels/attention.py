@@ -371,17 +371,23 @@ def _flash_backward(
         keys = (piece.batch, slice(None), piece.keys)
         g, q_part, out_part, lse_part, dq_part = (t[at] for t in by_group)
         shares = _flash_cpu_backward(
-            g, q_part, k0[keys], v0[keys], out_part, lse_part.contiguous(), 0.0, piece.causal,
-            attn_mask=_part(mask, piece, group, hkv), scale=scale,
+            g,
+            q_part,
+            k0[keys],
+            v0[keys],
+            out_part,
+            lse_part.contiguous(),
+            0.0,
+            piece.causal,
+            attn_mask=_part(mask, piece, group, hkv),
+            scale=scale,
         )
         for total, share in zip((dq_part, dk[keys], dv[keys]), shares, strict=True):
             total += share
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _flash_refuses(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: object
-) -> str | None:
+def _flash_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: object) -> str | None:
     if mask is not None and mask.shape[3] != k.shape[2]:
         return "its kernel cannot read a mask that is broadcast over keys"
     return None

@@ -85,6 +85,8 @@ def _read(
 ) -> list[Tensor]:
     """k and v of every row in the accumulator's dtype; stale positions zeroed: no NaN leaks."""
     rows = [_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache)]
+    if lengths.is_cpu and lengths.numel() and int(lengths.min()) == rows[0].shape[2]:
+        return [t.to(accumulator(q.dtype)) for t in rows]  # nothing is stale
     unread = torch.arange(rows[0].shape[2], device=q.device) >= lengths[:, None]
     return [t.masked_fill(unread[:, None, :, None], 0).to(accumulator(q.dtype)) for t in rows]
 

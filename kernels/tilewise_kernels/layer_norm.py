@@ -26,7 +26,7 @@ Source: Ba, Kiros and Hinton 2016.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -293,6 +293,28 @@ def _check_dtype(name: str, tensor: Tensor | None, x: Tensor) -> None:
         raise fail("layer_norm", name, tensor.dtype, takes)
 
 
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    prenorm: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    prenorm: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,

@@ -58,5 +58,5 @@ def missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

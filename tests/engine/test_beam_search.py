@@ -165,7 +165,10 @@ def test_wide_beams_that_never_stop_early_are_exhaustive(seed: int, eos: tuple[i
     vocab, limit, k = 4, 4, 256
     model = TableModel(vocab, 2, seed)
     o = GenerationOptions(
-        num_beams=k, max_new_tokens=limit, length_penalty=0.0, early_stopping="never",
+        num_beams=k,
+        max_new_tokens=limit,
+        length_penalty=0.0,
+        early_stopping="never",
         eos_token_id=eos,
     )
     every: list[tuple[float, Tokens]] = []

@@ -214,7 +214,11 @@ def test_best_sequences_come_first(models) -> None:
 def test_output_shapes_and_padding(models) -> None:
     inputs = [[4], [5, 6, 7]]
     out = generate(
-        models["decoder"], inputs, num_beams=3, num_return_sequences=2, max_new_tokens=6,
+        models["decoder"],
+        inputs,
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=6,
         pad_token_id=0,
     )
     new = out.lengths - torch.tensor([1, 1, 3, 3])
@@ -394,8 +398,11 @@ def test_empty_prompts_start_from_bos(models, search: dict) -> None:
     alone = generate(models["decoder"], [[START], [7, 8]], max_new_tokens=6, **search)
     assert rows_of(out) == [rows_of(alone)[i] for i in (0, 1, 0)]
     masked = generate(
-        models["decoder"], torch.tensor([[4, 5]]), attention_mask=torch.zeros(1, 2),
-        max_new_tokens=6, **search,
+        models["decoder"],
+        torch.tensor([[4, 5]]),
+        attention_mask=torch.zeros(1, 2),
+        max_new_tokens=6,
+        **search,
     )
     assert rows_of(masked) == rows_of(alone)[:1]
     silent = build("decoder", bos_token_id=None)
@@ -532,8 +539,14 @@ def test_rules_in_beam_search(models) -> None:
     inputs = prompts(6, seed=12)
     more = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 9}
     out = generate(
-        models["seq2seq"], inputs, no_repeat_ngram_size=2, min_new_tokens=4,
-        forced_bos_token_id=11, forced_eos_token_id=3, eos_token_id=[3], **more,
+        models["seq2seq"],
+        inputs,
+        no_repeat_ngram_size=2,
+        min_new_tokens=4,
+        forced_bos_token_id=11,
+        forced_eos_token_id=3,
+        eos_token_id=[3],
+        **more,
     )
     for row in rows_of(out):
         pairs = list(zip(row[:-1], row[1:], strict=True))

@@ -187,8 +187,13 @@ def test_bad_masks_are_named(models) -> None:
 def test_models_that_do_not_generate(models) -> None:
     encoder = tilewise.build(
         ModelConfig(
-            model_type="tilewise-transformer", vocab_size=V, hidden_size=8, num_heads=2,
-            ffn_size=8, encoder_layers=1, max_positions=9,
+            model_type="tilewise-transformer",
+            vocab_size=V,
+            hidden_size=8,
+            num_heads=2,
+            ffn_size=8,
+            encoder_layers=1,
+            max_positions=9,
         )
     )
     with pytest.raises(ArgumentError, match="Encoder does not generate"):

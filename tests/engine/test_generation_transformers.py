@@ -54,7 +54,7 @@ def until_eos(row: list[int], eos: list[int]) -> list[int]:
 
 
 def compare(ours, theirs, skips: list[int], ours_skips: list[int], options: dict) -> None:
-    """skips: where the generated part of each transformers row begins; ours_skips: of each of ours."""
+    """skips, ours_skips: where the generated part of each of their and our rows begins."""
     eos = options["eos_token_id"]
     for i, (skip, mine) in enumerate(zip(skips, ours_skips, strict=True)):
         expected = until_eos(theirs.sequences[i, skip:].tolist(), eos)
@@ -91,7 +91,8 @@ def test_decoder_equals_transformers(seed: int, tmp_path) -> None:
     theirs.save_pretrained(tmp_path)
     ours = tilewise.load(tmp_path)
     prompts = [
-        [rng.randrange(3, vocab) for _ in range(rng.randint(1, 8))] for _ in range(rng.randint(1, 4))
+        [rng.randrange(3, vocab) for _ in range(rng.randint(1, 8))]
+        for _ in range(rng.randint(1, 4))
     ]
     options = draw_options(rng, ours, prompts)
     if options["no_repeat_ngram_size"] or options["repetition_penalty"] != 1.0:
@@ -191,7 +192,8 @@ def test_seq2seq_equals_transformers(seed: int) -> None:
     theirs.generation_config.bad_words_ids = None
     ours = marian_as_ours(theirs)
     sources = [
-        [rng.randrange(3, vocab) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 4))
+        [rng.randrange(3, vocab) for _ in range(rng.randint(1, 9))]
+        for _ in range(rng.randint(1, 4))
     ]
     options = draw_options(rng, ours, sources)
     longest = max(map(len, sources))

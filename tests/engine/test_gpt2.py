@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import time
 import warnings
@@ -448,3 +449,20 @@ def test_loading_leaves_global_state_alone(small: Path) -> None:
     assert not model.training and not model.network.training
     assert os.getcwd() == directory and torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("n_embd", 2**24), ("n_layer", 1000), ("vocab_size", 2**31 - 1)]
+)
+def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(
+    field: str, value: int, tmp_path: Path
+) -> None:
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=30)).save_pretrained(
+        tmp_path
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="do not fit"):
+        tilewise.load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB

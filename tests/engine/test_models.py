@@ -317,7 +317,7 @@ BAD_CONFIGS = [
     ({"ffn_size": None}, "ffn_size is None"),
     ({"max_positions": 0}, "max_positions is 0"),
     ({"decoder_layers": -1}, "decoder_layers is -1"),
-    ({"encoder_layers": 100_001}, "encoder_layers is 100001"),
+    ({"encoder_layers": 1_001}, "encoder_layers is 1001"),
     ({"decoder_layers": 0}, "encoder_layers and decoder_layers are both 0"),
     ({"activation": "tanh"}, "activation is 'tanh'"),
     ({"activation": ["relu"]}, "activation is \\['relu'\\]"),

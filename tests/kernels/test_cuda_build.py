@@ -1,4 +1,4 @@
-"""The CUDA source compiles for every target, without spilling a register, on a machine without GPU."""
+"""The CUDA source compiles for every target and spills no register, with no GPU around."""
 
 import re
 import shutil
@@ -43,7 +43,7 @@ def test_kernels_keep_to_their_registers(architecture: str, tmp_path: Path) -> N
 def test_cuda_call_path_compiles_against_this_torch(tmp_path: Path) -> None:
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], str(CSRC)]
     command = ["c++", "-std=c++20", "-fsyntax-only", "-DTILEWISE_WITH_CUDA"]
-    command += ["-DTILEWISE_CUDA_ARCHITECTURES=\"90\"", "-DTORCH_EXTENSION_NAME=_C"]
+    command += ['-DTILEWISE_CUDA_ARCHITECTURES="90"', "-DTORCH_EXTENSION_NAME=_C"]
     command += [flag for include in includes for flag in ("-isystem", include)]
     done = subprocess.run(
         [*command, str(CSRC / "ops.cpp")], cwd=tmp_path, capture_output=True, text=True

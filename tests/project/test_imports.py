@@ -88,8 +88,10 @@ def test_kernels_import_nothing_of_the_engine_and_triton_lazily(file: Path) -> N
 
 
 def test_every_part_has_a_rank() -> None:
-    parts = {part_of(".".join(["tilewise", *f.relative_to(ENGINE).with_suffix("").parts]))
-             for f in engine_files()}
+    parts = {
+        part_of(".".join(["tilewise", *f.relative_to(ENGINE).with_suffix("").parts]))
+        for f in engine_files()
+    }
     assert parts <= set(RANK), f"give {parts - set(RANK)} a rank above"
 
 

@@ -24,7 +24,11 @@ def environment() -> dict[str, str]:
 def test_python_block(number: int, tmp_path: Path) -> None:
     code = blocks("python")[number]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip(), "each block prints what it made"
@@ -46,5 +50,7 @@ def test_shell_line(line: str, tmp_path: Path) -> None:
 
 def test_the_files_it_links_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`((?:examples|benches)/\S+)`", text):
+    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(
+        r"`((?:examples|benches)/\S+)`", text
+    ):
         assert (ROOT / target).exists(), target

@@ -4,7 +4,7 @@ Knows no model: a family says which tensor goes where, this package sees that th
 that everything fits, and that nothing changes when it does not.
 """
 
-from tilewise.checkpoints.copying import WeightRule, copy_weights
+from tilewise.checkpoints.copying import WeightRule, check_weights, copy_weights
 from tilewise.checkpoints.reading import TensorInfo, WeightFiles, open_weights, read_config
 from tilewise.checkpoints.writing import write_folder
 
@@ -12,6 +12,7 @@ __all__ = [
     "TensorInfo",
     "WeightFiles",
     "WeightRule",
+    "check_weights",
     "copy_weights",
     "open_weights",
     "read_config",

@@ -35,7 +35,7 @@ class WeightRule:
         return self.transform(*tensors) if self.transform else tensors[0]
 
 
-def copy_weights(
+def check_weights(
     target: Mapping[str, Tensor],
     weights: WeightFiles,
     rules: Iterable[WeightRule],
@@ -43,15 +43,10 @@ def copy_weights(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
 ) -> None:
-    """Fills `target` (as from state_dict()) in place, each tensor by its rule.
+    """Raises CheckpointError unless the file fits `target`, which may lie on the meta device.
 
-    `ignore`: names the file may hold that the model has no use for. `tied`: {name: other} for
-    names that may repeat another one (the head of a tied model); when the file has them they must
-    be equal bit for bit. Floating-point values are cast to the target's dtype; no other dtype is
-    converted. A target without a rule must share its memory with one that has a rule.
-
-    Peak memory is that of the model plus the checkpoint. Raises CheckpointError, the target
-    unchanged, with up to ten missing, unexpected and unfitting names each.
+    The arguments are those of copy_weights. The error lists up to ten missing, unexpected and
+    unfitting names each.
     """
     table = list(rules)
     tied = tied or {}
@@ -69,6 +64,28 @@ def copy_weights(
             + "\n".join(problems)
             + "\nPut the config.json and the weights of one and the same model there"
         )
+
+
+def copy_weights(
+    target: Mapping[str, Tensor],
+    weights: WeightFiles,
+    rules: Iterable[WeightRule],
+    *,
+    ignore: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """Fills `target` (as from state_dict()) in place, each tensor by its rule.
+
+    `ignore`: names the file may hold that the model has no use for. `tied`: {name: other} for
+    names that may repeat another one (the head of a tied model); when the file has them they must
+    be equal bit for bit. Floating-point values are cast to the target's dtype; no other dtype is
+    converted. A target without a rule must share its memory with one that has a rule.
+
+    Peak memory is that of the model plus the checkpoint. Raises CheckpointError, the target
+    unchanged, when the file does not fit.
+    """
+    table = list(rules)
+    check_weights(target, weights, table, ignore=ignore, tied=tied)
     staged = {rule.target: values_for(target[rule.target], weights, rule) for rule in table}
     with torch.no_grad():
         for name, values in staged.items():

@@ -141,6 +141,4 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under GPT-2's names and in its layout."""
     everything = {rule.target: rule for rule in rules(config, {"transformer.wte.weight"})}
-    return {
-        rule.sources[0]: rule.apply(state[name]) for name, rule in everything.items()
-    }
+    return {rule.sources[0]: rule.apply(state[name]) for name, rule in everything.items()}

@@ -34,7 +34,7 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig:
 
 def rules(config: ModelConfig, names: set[str]) -> list[WeightRule]:
     """Every tensor under its own name."""
-    return [WeightRule(name, name) for name in names]
+    return [WeightRule(name, name) for name in sorted(names)]
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:

@@ -67,7 +67,6 @@ class CachedSteps:
         positions = torch.arange(self.longest, device=rows.device)
         hidden = self.decoder.run(
             self.decoder.embedding(self.prompts, positions),
-            key_lengths=self.prompt_lengths,
             memory=self.memories,
             cache=cache,
         )
@@ -93,7 +92,7 @@ class CachedSteps:
 
     def keep(self, sentences: Tensor) -> None:
         """Go on with these of the open sentences only [A]; the others leave the batch."""
-        rows = (sentences[:, None] * self.beams + torch.arange(self.beams, device=sentences.device))
+        rows = sentences[:, None] * self.beams + torch.arange(self.beams, device=sentences.device)
         rows = rows.flatten()
         if self.beam_index is None:  # from here on row r no longer reads cache row r
             capacity = self.stored[0][0].shape[2]

@@ -121,7 +121,11 @@ class MultiHeadAttention(nn.Module):
             )
         else:
             out = decode_attention(
-                q, cache.keys, cache.values, cache.lengths, beam_index=cache.beam_index,
+                q,
+                cache.keys,
+                cache.values,
+                cache.lengths,
+                beam_index=cache.beam_index,
                 scale=self.scale,
             )
         return self._merge(out)

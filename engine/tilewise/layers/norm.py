@@ -27,10 +27,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """LN(x), or LN(x + residual): [..., N] to [..., N]."""
-        y = layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
-        return y  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(LN(s), s) with s = x + residual: the pre-norm step that carries the sum on."""
-        both = layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, prenorm=True)
-        return both  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, prenorm=True)

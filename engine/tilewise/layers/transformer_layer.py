@@ -62,9 +62,7 @@ class TransformerLayer(nn.Module):
             )
         last_norm = self.norm2 if self.multihead_attn is None else self.norm3
         inner = self.norm1(x) if self.pre_norm else x
-        step = self.self_attn(
-            inner, mask=mask, causal=causal, key_lengths=key_lengths, cache=cache
-        )
+        step = self.self_attn(inner, mask=mask, causal=causal, key_lengths=key_lengths, cache=cache)
         step = self.dropout(step)
         if self.multihead_attn is not None:
             inner, x = self._close(self.norm2 if self.pre_norm else self.norm1, step, x)

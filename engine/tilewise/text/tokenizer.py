@@ -126,7 +126,10 @@ def byte_pairs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(" ", "merged_with_next")]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(" ", "merged_with_next"),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(TRAINED_SPECIALS), show_progress=False

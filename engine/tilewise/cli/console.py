@@ -1,0 +1,124 @@
+"""How the commands talk: exit codes, errors in one line, one JSON document, texts in and out."""
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+RUNTIME_ERROR, INTERRUPTED = 1, 130
+
+
+class Program(click.Group):
+    """A click group whose exit codes are those of this package's docstring."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        """Run a command line (sys.argv when args is None) and exit."""
+        _never_fail_to_print()
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args, *more, **extra)
+            sys.stdout.flush()
+        except click.Abort:
+            code = INTERRUPTED
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except BrokenPipeError:  # the reader left; nothing more may go to stdout, at exit neither
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = RUNTIME_ERROR
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class Command(click.Command):
+    """A command that turns errors on purpose, and memory running out, into one line on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        import torch
+
+        from ..errors import TilewiseError
+
+        try:
+            return super().invoke(ctx)
+        except (TilewiseError, torch.OutOfMemoryError, MemoryError) as error:
+            problem = " ".join(str(error).split())
+        except RuntimeError as error:  # torch has no type of its own for the CPU's memory
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            problem = "out of memory: pass something smaller"
+        click.echo(f"error: {problem}", err=True)
+        ctx.exit(RUNTIME_ERROR)
+
+
+def _never_fail_to_print() -> None:
+    """Characters that the terminal's encoding lacks are escaped; warnings take one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+    warnings.showwarning = show
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout, as readable as stdout's encoding allows."""
+    readable = (sys.stdout.encoding or "").lower().startswith("utf")
+    click.echo(json.dumps(document, ensure_ascii=not readable, allow_nan=False, indent=2))
+
+
+def progress(items: Iterable[Any], total: int, unit: str) -> Any:
+    """The items, with a progress bar on stderr when that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+
+
+def read_texts(arguments: Sequence[str], file: str | None) -> list[str]:
+    """The texts to work on: the arguments, or the lines of a file, or those of stdin ("-").
+
+    Raises UsageError when there is no or more than one source, and ClickException when the bytes
+    are not UTF-8.
+    """
+    if arguments and file is not None:
+        raise click.UsageError("give texts or --file, not both")
+    if arguments:
+        return list(arguments)
+    if file is None and sys.stdin.isatty():
+        raise click.UsageError("give texts, --file FILE, or lines on standard input")
+    name = "-" if file is None else file
+    with click.open_file(name, "rb") as stream:
+        content = stream.read()
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        where = "standard input" if name == "-" else name
+        raise click.ClickException(f"{where} is not UTF-8 text (byte {error.start})") from error
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def usable_device(name: str | None) -> str:
+    """The device to work on: the one named, else the GPU when there is one.
+
+    Raises UsageError for what is no device, ArgumentError for one that this machine lacks.
+    """
+    import torch
+
+    from ..errors import ArgumentError
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise click.UsageError(f"--device is {name!r}; pass cpu, cuda or cuda:NUMBER")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name.partition(":")[2] or 0)
+    if name != "cpu" and index >= here:
+        raise ArgumentError(f"--device is {name}, but torch sees {here} GPUs here; pass cpu")
+    return name
