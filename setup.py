@@ -29,6 +29,9 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # GCC 12 calls its own AVX-512 intrinsics uninitialised.
 CXX_FLAGS = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized", *OPENMP]
 CXX_FLAGS += ["-fvisibility=hidden"]
+# PyTorch's build turns the half types' own conversions off, which csrc uses.
+HALF = ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS", "HALF2_OPERATORS")
+NVCC_FLAGS = ["-O3", *(f"-U__CUDA_NO_{name}__" for name in HALF)]
 
 
 def shout(message: str) -> None:
@@ -54,12 +57,12 @@ def cuda_build(torch_cuda: str | None) -> tuple[list[str], str] | None:
         )
         return None
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):  # cpp_extension turns it into flags
-        return ["-O3"], wanted
+        return NVCC_FLAGS, wanted
     known = nvcc_says("--list-gpu-arch").split()
     targets = [arch for arch in ARCHITECTURES if f"compute_{arch}" in known]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in targets]
     flags.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    return ["-O3", "--threads=2", *flags], ";".join(targets) + "+PTX"
+    return [*NVCC_FLAGS, "--threads=2", *flags], ";".join(targets) + "+PTX"
 
 
 def native_extension(required: bool) -> dict[str, Any]:

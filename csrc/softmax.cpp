@@ -13,9 +13,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/util/bit_cast.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -158,7 +158,7 @@ template <typename M, typename A>
 void read_mask(const M* mask, int64_t stride, int64_t columns, A* out) {
   const auto convert = [](M value) -> A {
     if constexpr (std::is_same_v<M, bool>) {
-      return std::bit_cast<A>(typename MaskLanes<A>::type{value} - 1);
+      return c10::bit_cast<A>(typename MaskLanes<A>::type{value} - 1);
     } else {
       return static_cast<A>(value);
     }

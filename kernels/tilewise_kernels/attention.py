@@ -31,8 +31,8 @@ QUERY_BLOCK = 128  # rows of scores that the blocked way holds at a time
 # mask so large (finfo.min) that float32 cannot tell the lse from the mask. The same in every way.
 NO_GRADIENT = -1e30
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _empty_output(q: Tensor, head_dim: int) -> Tensor:
@@ -312,7 +312,7 @@ def _flash_piece(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one piece. The kernel writes lse 0 for rows with no key; ours is -inf."""
-    out, lse = _flash_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = flash_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
         attended = mask > -torch.inf
         first = attended.to(torch.uint8).argmax(-1)  # the first attended key, if there is one
@@ -358,7 +358,7 @@ def _flash_backward(
     if mask is not None or causal or lengths is not None:  # some rows may see nothing
         lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
     if _one_call(q, k0, causal, lengths):
-        return _flash_cpu_backward(
+        return flash_cpu_backward(
             grad, q, k0, v0, out, lse, 0.0, causal and sq > 1, attn_mask=mask, scale=scale
         )
     pieces, groups = _pieces(b, sq, k0.shape[2], causal, lengths), hq // hkv
@@ -370,7 +370,7 @@ def _flash_backward(
         at = (piece.batch, slice(None), group, piece.rows)
         keys = (piece.batch, slice(None), piece.keys)
         g, q_part, out_part, lse_part, dq_part = (t[at] for t in by_group)
-        shares = _flash_cpu_backward(
+        shares = flash_cpu_backward(
             g,
             q_part,
             k0[keys],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches, same_device
+from .attention import flash_cpu
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 
@@ -27,7 +28,12 @@ def _cached(cache: Tensor, beam_index: Tensor | None, block_table: Tensor | None
     if beam_index is None:
         return cache
     positions = torch.arange(beam_index.shape[1], device=cache.device)
-    return cache[beam_index.long(), :, positions].transpose(1, 2)
+    by_position = cache.transpose(1, 2)  # [C, T, Hkv, D]
+    if not by_position.is_contiguous():
+        return by_position[beam_index.long(), positions].transpose(1, 2)
+    at = beam_index.long() * cache.shape[2] + positions  # then a key is one run of memory
+    found = by_position.flatten(2).flatten(0, 1).index_select(0, at.flatten())
+    return found.view(*beam_index.shape, *by_position.shape[2:]).transpose(1, 2)
 
 
 def _uncached(
@@ -138,6 +144,51 @@ def reference_backward(
     return dq, dk, dv, dbias
 
 
+def _torch_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    beam_index: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    *_: object,
+) -> tuple[Tensor]:
+    """torch's CPU flash kernel over the gathered cache; the heads of a group become its queries."""
+    k, v = (_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache))
+    (r, hq, _, d), (hkv, t) = q.shape, k.shape[1:3]
+    mask = None
+    if int(lengths.min()) < t:
+        unread = (torch.arange(t) >= lengths[:, None])[:, None, :, None]
+        k, v = k.masked_fill(unread, 0), v.masked_fill(unread, 0)
+        mask = torch.zeros(r, 1, 1, t, dtype=accumulator(q.dtype))
+        mask.masked_fill_(unread.transpose(-1, -2), -torch.inf)
+    grouped = q.reshape(r, hkv, hq // hkv, d)
+    out = flash_cpu(grouped, k, v, 0.0, False, attn_mask=mask, scale=scale)[0]
+    return (out.reshape(r, hq, 1, d),)
+
+
+def _torch_refuses(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    beam_index: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    left: int,
+    bias: Tensor | None,
+) -> str | None:
+    if q.shape[2] != 1 or q.numel() == 0 or k_cache.numel() == 0:
+        return "its kernel is for one query token"
+    if alibi_slopes is not None or left >= 0 or bias is not None:
+        return "its kernel takes no ALiBi, window or bias"
+    if scale <= 0 or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+        return "its kernel needs a positive scale and head dims that lie together"
+    return None
+
+
 def cost(q: Tensor, k_cache: Tensor, *_: object) -> Cost:
     """Each row reads its whole cache: T is the capacity, an upper bound on the lengths."""
     r, hq, sq, d = q.shape
@@ -154,7 +205,16 @@ OP = Op(
     backward_schema="(Tensor grad, Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor? beam_index, Tensor? block_table, Tensor? alibi_slopes, Tensor? bias, float scale, "
     "int left) -> (Tensor, Tensor, Tensor, Tensor)",
-    implementations=[Implementation("reference", reference, reference_backward)],
+    implementations=[
+        Implementation(
+            "torch",
+            _torch_forward,
+            reference_backward,
+            devices=("cpu",),
+            refuses=_torch_refuses,
+        ),
+        Implementation("reference", reference, reference_backward),
+    ],
     fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
     fake_backward=lambda grad, q, k, v, lengths, beam, table, slopes, bias, *_: tuple(
         grad.new_empty(0) if t is None else grad.new_empty(t.shape, dtype=t.dtype)

@@ -46,10 +46,11 @@ class CachedSteps:
         self.prompts, self.prompt_lengths = pad_right(prompts, weight.device)
         self.longest = self.prompts.shape[1]
         capacity = self.longest + new_tokens - 1  # the last token is never fed back
-        shape = (len(prompts) * beams, config.kv_heads, capacity, config.head_size)
+        # Stored by position, so that what a beam reads of one is a single run of memory.
+        shape = (len(prompts) * beams, capacity, config.kv_heads, config.head_size)
         dtype = autocast_dtype(weight.device) or weight.dtype  # of the keys the layers will make
         self.stored = [
-            (weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype))
+            tuple(weight.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
             for _ in decoder.layers
         ]
         first = torch.arange(len(prompts), device=weight.device) * beams
@@ -105,10 +106,12 @@ class CachedSteps:
     def _layers(
         self, rows: Tensor, lengths: Tensor, beam_index: Tensor | None, prompt: bool
     ) -> list[LayerCache]:
+        if beam_index is not None:
+            index = beam_index[:, : self.longest]
+            return [LayerCache(*kept, rows, lengths, index, prompt) for kept in self.stored]
         used = slice(0, self.longest)
-        index = None if beam_index is None else beam_index[:, used]
         return [
-            LayerCache(keys[:, :, used], values[:, :, used], rows, lengths, index, prompt)
+            LayerCache(keys[:, :, used], values[:, :, used], rows, lengths, None, prompt)
             for keys, values in self.stored
         ]
 

@@ -1,0 +1,531 @@
+"""The parts of `make gpu`; gpu.py runs each in a process of its own.
+
+    python benches/gpu_parts.py PART --out DIR --seconds N [--dry-run]
+
+Every finding is one JSON line in DIR/results.jsonl, written when it is made, so that a part that is
+stopped loses nothing.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Run(NamedTuple):
+    """What a part knows: where results go, how long it has, and whether there is no GPU."""
+
+    out: Path
+    end: float  # on time.monotonic's clock
+    dry_run: bool
+
+    def emit(self, kind: str, **values: Any) -> None:
+        with (self.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def read(self, kind: str) -> list[dict[str, Any]]:
+        file = self.out / "results.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, stripped; empty where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def nvidia_smi(*fields: str) -> list[str]:
+    """The first GPU's values of nvidia-smi's fields; none without a GPU."""
+    text = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return [value.strip() for value in text.splitlines()[0].split(",")] if text else []
+
+
+# -- environment ---------------------------------------------------------------------------------
+
+PACKAGES = (
+    "torch triton numpy safetensors tokenizers huggingface_hub click tqdm transformers pytest "
+    "xdist ninja flash_attn xformers liger_kernel"
+).split()
+
+
+def environment(run: Run) -> None:
+    """The GPU, driver, versions and commit that every number below belongs to."""
+    import torch
+    import triton
+
+    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "compute_cap")
+    found: dict[str, Any] = dict(zip(fields, nvidia_smi(*fields), strict=False))
+    found |= {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {"cuda": torch.version.cuda, "triton": triton.__version__, "cpus": os.cpu_count()}
+    release = re.search(r"release \S+", output_of("nvcc", "--version"))
+    found["nvcc"] = release[0] if release else None
+    found["missing"] = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    commit = output_of("git", "rev-parse", "HEAD") or "unknown"
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    found["commit"] = commit + (" with changes" if changed else "")
+    run.emit("environment", **found)
+    if not run.dry_run:
+        assert torch.cuda.is_available(), "torch sees no CUDA device"
+        print(torch.cuda.get_device_properties(0))
+
+
+# -- build ---------------------------------------------------------------------------------------
+
+
+def build(run: Run) -> None:
+    """Build the extension in place for this GPU alone, and read back what it was built with."""
+    if not run.dry_run:
+        [capability] = nvidia_smi("compute_cap")
+        wishes = {"TILEWISE_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | wishes, check=True)
+    else:
+        print("skipped: the extension is left as it is")
+    from tilewise_kernels import native
+
+    run.emit("build", problem=native.missing(), cuda=native.built_for_cuda())
+    print(native.missing() or native.build_info())
+
+
+# -- compile -------------------------------------------------------------------------------------
+
+JOBS: list[tuple[str, str, Any]] = []  # filled before the workers fork: kernels do not pickle
+
+
+class NoDriver:
+    """Stands in for Triton's CUDA driver: kernels are compiled for the target, none is loaded."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compile_job(index: int) -> dict[str, Any]:
+    """Compile one launch into Triton's cache, under the very key that the launch will ask for."""
+    import aot
+
+    title, configuration, launch = JOBS[index]
+    start = time.monotonic()
+    kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+    registers, stack = aot.resources(kernel.asm["cubin"])
+    row = {"title": title, "configuration": configuration, "registers": registers, "stack": stack}
+    return row | {"shared": kernel.metadata.shared, "seconds": time.monotonic() - start}
+
+
+def compile_kernels(run: Run) -> None:
+    """Warm Triton's cache on all CPU cores: the tables, what the benches launch, the candidates."""
+    import aot  # before gpu_sweeps: it turns the interpreter off
+    import gpu_sweeps
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    capability = 90 if run.dry_run else int(nvidia_smi("compute_cap")[0].replace(".", ""))
+    driver.set_active(NoDriver(GPUTarget("cuda", capability, 32)))
+    for title, launch in gpu_sweeps.warm_launches(capability):
+        JOBS.append((title, "entry", launch))
+    swept = list(gpu_sweeps.knobs(capability, dry_run=False))
+    for knob in swept:
+        JOBS.append((knob.title, str(knob.entry), knob.at(knob.entry, "meta")))
+    for name in aot.MODULES:
+        for case in importlib.import_module(name).compilations(capability):
+            JOBS.append((case.name, case.configuration, case.launch))
+    for knob in swept:
+        JOBS.extend((knob.title, str(c), knob.at(c, "meta")) for c in knob.candidates)
+    if run.dry_run:
+        print(f"{len(JOBS)} compilations, of which a dry run makes every fortieth")
+        JOBS[:] = JOBS[::40]
+    workers = os.cpu_count()
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        futures = {pool.submit(compile_job, i): JOBS[i] for i in range(len(JOBS))}
+        for future in as_completed(futures):
+            title, configuration, _ = futures[future]
+            problem = future.exception()
+            row = {"title": title, "configuration": configuration, "problem": str(problem)[:300]}
+            run.emit("compile", **(future.result() if problem is None else row))
+    failed = [row for row in run.read("compile") if "problem" in row]
+    print(f"{len(JOBS) - len(failed)} of {len(JOBS)} compiled")
+
+
+# -- tests ---------------------------------------------------------------------------------------
+
+VERDICT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)")
+
+
+def tests(run: Run) -> None:
+    """Every test marked gpu, several at a time where pytest-xdist is there."""
+    if importlib.util.find_spec("pytest") is None:
+        raise SystemExit("skipped: this python has no pytest")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "--tb=short"]
+    command += ["-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None and not run.dry_run:
+        command += ["-n", str(min(8, (os.cpu_count() or 2) // 2)), "--dist", "worksteal"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGALRM, lambda *_: process.send_signal(signal.SIGINT))
+    signal.alarm(max(1, int(run.left - 10)))  # so that pytest still shows what failed until then
+    assert process.stdout is not None
+    for line in process.stdout:
+        verdict, name = VERDICT.search(line), re.search(r"tests/gpu/\S+::.+?(?= [A-Z]{5,}|$)", line)
+        if verdict and name and "%]" in line:  # a line of progress
+            run.emit("test", name=name[0].strip(), verdict=verdict[0])
+        if verdict is None or verdict[0] != "PASSED":
+            print(line, end="")
+    raise SystemExit(process.wait())
+
+
+# -- bench ---------------------------------------------------------------------------------------
+
+
+class Race(NamedTuple):
+    """One line of the plan. judged: the shape, small enough, that is compared with float64."""
+
+    op: str
+    shape: tuple[int, ...]
+    judged: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def plan() -> Iterator[Race]:
+    """What is benched: attention at 16k tokens and width 2048, norms and softmax on 32K rows."""
+    for s in (4096, 512, 16384, 1024, 8192, 2048):
+        for d in (128, 64):
+            for causal in (True, False):
+                shape = (16384 // s, 2048 // d, s, s, d)
+                yield Race("attention", shape, (1, 2, s, s, d), {"causal": causal})
+        n = 2 * s
+        yield Race("layer_norm", (32768, n), (300, n), {"residual": n == 4096})
+        yield Race("softmax", (32768, n), (300, n), {})
+    yield Race("softmax", (8, 12, 512, 512), (2, 12, 512, 512), {"mask": True})
+    yield Race("softmax", (2048, 131072), (30, 131072), {})
+    for k in (768, 1024, 4096):
+        yield Race("linear_act", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
+        yield Race("feed_forward", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
+    yield Race("decode_attention", (16, 32, 8192, 128), (4, 32, 8192, 128), {"heads_kv": 8})
+    yield Race("decode_attention", (64, 16, 1024, 64), (8, 16, 1024, 64), {})
+
+
+SMALL = (
+    Race("softmax", (64, 128), (64, 128), {}),
+    Race("layer_norm", (64, 768), (64, 768), {"residual": True}),
+    Race("attention", (1, 8, 128, 128, 64), (1, 8, 128, 128, 64), {"causal": True}),
+    Race("linear_act", (16, 768, 3072), (16, 768, 3072), {}),
+    Race("decode_attention", (4, 12, 256, 64), (4, 12, 256, 64), {}),
+)
+
+
+def bench(run: Run) -> None:
+    """Judge, then time: ours by implementation, eager, torch's fused ways, installed peers."""
+    import torch
+
+    from tilewise_kernels import measure
+
+    dtype = torch.float32 if run.dry_run else torch.bfloat16
+    measure.MIN_ROUNDS = 1 if run.dry_run else measure.MIN_ROUNDS
+    measured = measure.roof(run.device, dtype)
+    run.emit("roof", bandwidth=measured.bandwidth, rate=measured.rate)
+    print(f"copy {measured.bandwidth / 1e9:.0f} GB/s, matmul {measured.rate / 1e12:.1f} TFLOP/s")
+    races = list(plan())
+    for race in races[::7] if run.dry_run else races:
+        attempt(run, race, lambda race: time_eagerly(run, race, dtype))
+    if run.dry_run:
+        print("skipped: replayed graphs, which need CUDA")
+        return
+    for race in SMALL:
+        attempt(run, race, lambda race: time_replayed(run, race, dtype))
+
+
+def attempt(run: Run, race: Race, work: Callable[[Race], None]) -> None:
+    """One race; what torch raises is reported and the next one runs."""
+    import torch
+
+    try:
+        work(shrunk(race) if run.dry_run else race)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0][:200]
+        print(f"{race.op} {race.shape}: {problem}")
+        run.emit("bench", op=race.op, shape=race.shape, options=race.options, problem=problem)
+    if not run.dry_run:
+        torch.cuda.empty_cache()
+
+
+def shrunk(race: Race) -> Race:
+    small = tuple(min(n, 8) for n in race.shape)
+    options = race.options | ({"heads_kv": 4} if "heads_kv" in race.options else {})
+    return Race(race.op, small, small, options)
+
+
+def entrants(race: Race, dtype: Any, device: str) -> Any:
+    """A Contest at the race's shape whose contenders were judged at the judged one."""
+    import torch
+
+    from tilewise_kernels.bench_cases import CASES, Options
+    from tilewise_kernels.benchmark import Contest, Judge, Row, observed
+    from tilewise_kernels.op import _ops, force
+
+    case, options = CASES[race.op], Options(**race.options)
+    ways: dict[str, Any] = {"tilewise": lambda t: case.ours(t, options)}
+
+    def forced(name: str) -> Any:
+        def call(tensors: Any) -> Any:
+            with force(name, race.op):
+                return case.ours(tensors, options)
+
+        return call
+
+    names = [n for n in _ops[race.op].implementations if n not in ("reference", "blocked")]
+    ways |= {name: forced(name) for name in names}
+    others = rivals(case, options, race)
+
+    def inputs(shape: tuple[int, ...]) -> Any:
+        made = case.make(shape, options, device, dtype)
+        with torch.no_grad():
+            y = case.ours(made, options)
+        return made, torch.randn_like(y) if case.trains else None
+
+    small, small_grad = inputs(race.judged)
+    judges = [Judge(case, options, small, None)]
+    judges += [] if small_grad is None else [Judge(case, options, small, small_grad)]
+    rows = []
+    for name, call in (ways | others).items():
+        row = Row(name, name in ways, name, chosen=name == "tilewise")
+        try:
+            for judge in judges:
+                judge.judge(call, row)
+        except (RuntimeError, TypeError) as error:  # refused, or a peer of another version
+            row.problem = str(error).strip().splitlines()[0][:200]
+        rows.append(row)
+    judges.clear()
+    made, grad = inputs(race.shape)
+    with observed() as seen, torch.no_grad():
+        ways["tilewise"](made)
+    rows[0].ran = seen[0][0]
+    agree(rows, ways | others, made)
+    directions = ("forward", "backward") if grad is not None else ("forward",)
+    shape = race.shape
+    return Contest(case, shape, options, device, dtype, directions, made, grad, ways | others, rows)
+
+
+def agree(rows: Any, calls: Any, inputs: Any) -> None:
+    """At the full shape every way must give the first one's output, up to rounding."""
+    import torch
+
+    with torch.no_grad():
+        first = calls["tilewise"](inputs).float()
+        for row in rows[1:]:
+            if row.problem is None:
+                error = (calls[row.name](inputs).float() - first).norm() / first.norm()
+                if not error <= 0.02:
+                    row.problem = f"differs from tilewise by {error:.3g} at the full shape"
+
+
+def rivals(case: Any, options: Any, race: Race) -> dict[str, Any]:
+    """Eager, SDPA by backend, and the peers that this python has."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    found: dict[str, Any] = {}
+    if race.op != "attention" or race.shape[2] <= 4096:  # above, eager's scores fill the memory
+        found["eager"] = lambda t: case.eager(t, options)
+
+    def sdpa(backend: Any) -> Any:
+        def call(tensors: Any) -> Any:
+            with sdpa_kernel(backend):
+                return case.sdpa(tensors, options)
+
+        return call
+
+    if case.sdpa is not None:
+        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        found["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+    if race.op == "attention" and importlib.util.find_spec("flash_attn"):
+        flash = importlib.import_module("flash_attn").flash_attn_func
+        found["flash_attn"] = lambda t: flash(
+            *(t[name].transpose(1, 2) for name in "qkv"), causal=options.causal
+        ).transpose(1, 2)
+    if race.op == "attention" and importlib.util.find_spec("xformers"):
+        ops = importlib.import_module("xformers.ops")
+        mask = ops.LowerTriangularMask() if options.causal else None
+        found["xformers"] = lambda t: ops.memory_efficient_attention(
+            *(t[name].transpose(1, 2) for name in "qkv"), attn_bias=mask
+        ).transpose(1, 2)
+    if race.op == "layer_norm" and importlib.util.find_spec("liger_kernel"):
+        norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+        found["liger"] = lambda t: norm.apply(
+            t["x"] + t["residual"] if options.residual else t["x"], t["weight"], t["bias"], 1e-5
+        )
+    return found
+
+
+def time_eagerly(run: Run, race: Race, dtype: Any) -> None:
+    """Interleaved rounds by CUDA events, the L2 flushed before each call."""
+    from tilewise_kernels.benchmark import observed
+    from tilewise_kernels.measure import rounds
+
+    held = entrants(race, dtype, run.device)
+    with observed() as seen:
+        held.calls["tilewise"](held.inputs)
+    cost, least = seen[0][1], held.least_ms()
+    right = {row.name: held.calls[row.name] for row in held.rows if row.problem is None}
+    seconds = 0.01 if run.dry_run else 0.4
+    samples: dict[str, list[Any]] = {name: [] for name in right}
+    for direction in ("forward", "both") if held.grad is not None else ("forward",):
+        passes = {name: held.passes(direction)(call) for name, call in right.items()}
+        for name, found in rounds(passes, seconds).items():
+            samples[name] += found
+    for row in held.rows:
+        for direction in held.directions:
+            back = direction == "backward"
+            work = (cost.backward_flops, cost.backward_bytes) if back else (cost.flops, cost.bytes)
+            ms = sorted(s[direction] for s in samples.get(row.name, []) if direction in s)
+            report(run, race, row, direction, ms, work, least[direction])
+
+
+def report(
+    run: Run, race: Race, row: Any, direction: str, ms: list[float], work: Any, least: float
+) -> None:
+    """Emit and print one contender's line in one direction."""
+    error = row.forward_error if direction == "forward" else row.gradient_error
+    found: dict[str, Any] = {
+        "op": race.op, "shape": race.shape, "options": race.options, "direction": direction,
+        "way": row.name, "ours": row.ours, "ran": row.ran, "problem": row.problem, "error": error,
+    }  # fmt: skip
+    if ms:
+        median, low, high = (ms[len(ms) * part // 4] for part in (2, 1, 3))
+        found |= {"ms": median, "spread": (high - low) / median, "rounds": len(ms)}
+        found |= {"tflops": work[0] / median / 1e9, "gbps": work[1] / median / 1e6}
+        found["roof"] = least / median
+    run.emit("bench", **found)
+    speed = f"{found['ms']:.4f} ms {100 * found['roof']:.0f}%" if ms else row.problem
+    print(f"{race.op} {race.shape} {direction} {row.name}: {speed}")
+
+
+def time_replayed(run: Run, race: Race, dtype: Any) -> None:
+    """A small forward as a replayed CUDA graph, which leaves out what the launch costs the CPU."""
+    import torch
+    from triton.testing import do_bench_cudagraph
+
+    held = entrants(race, dtype, run.device)
+    least = held.least_ms()["forward"]
+    for row in held.rows:
+        if row.problem is None:
+            with torch.no_grad():
+                call = held.calls[row.name]
+                ms = do_bench_cudagraph(lambda c=call: c(held.inputs), rep=20, return_mode="median")
+            report(run, race, row, "replayed", [ms], (0, 0), least)
+
+
+# -- sweep ---------------------------------------------------------------------------------------
+
+
+def sweep(run: Run) -> None:
+    """Time the candidates round each table entry that compiled without spilling more than it."""
+    import gpu_sweeps
+    import torch
+
+    major, minor = (0, 0) if run.dry_run else torch.cuda.get_device_capability()
+    compiled = {(row["title"], row["configuration"]): row for row in run.read("compile")}
+    swept = list(gpu_sweeps.knobs(10 * major + minor, run.dry_run))
+    for knob in swept[::5] if run.dry_run else swept:
+        candidates = knob.candidates[:2] if run.dry_run else allowed(knob, compiled)
+        times = {knob.entry: clock(run, knob, knob.entry, None)}
+        expected = knob.at(knob.entry, run.device)
+        expected.run(torch.device(run.device))
+        for candidate in candidates:
+            ms = clock(run, knob, candidate, expected.arguments[knob.output])
+            if ms is not None:
+                times[candidate] = ms
+        best = min(times, key=lambda values: times[values])
+        gain = times[knob.entry] / times[best]
+        row = {"title": knob.title, "entry": knob.text(knob.entry), "best": knob.text(best)}
+        rate = {knob.text(values): ms for values, ms in times.items()}
+        run.emit("sweep", **row, gain=gain, entry_ms=times[knob.entry], times=rate)
+        print(f"{knob.title}: {knob.text(best)}  # {gain:.3f}x {knob.text(knob.entry)}")
+
+
+def allowed(knob: Any, compiled: dict[tuple[str, str], dict[str, Any]]) -> list[tuple[int, ...]]:
+    """Candidates in the cache that spill no more than the entry; the rest would take too long."""
+    entry = compiled.get((knob.title, str(knob.entry)), {}).get("stack", 0)
+    found = []
+    for candidate in knob.candidates:
+        row = compiled.get((knob.title, str(candidate)))
+        if row is not None and "problem" not in row and row["stack"] <= entry:
+            found.append(candidate)
+    return found
+
+
+def clock(run: Run, knob: Any, values: tuple[int, ...], expected: Any) -> Any:
+    """Median milliseconds; None where the launch does not fit the GPU or gives other results."""
+    import torch
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    launch, device = knob.at(values, run.device), torch.device(run.device)
+    try:
+        launch.run(device)
+    except OutOfResources as error:
+        print(f"{knob.title} {values}: {error}")
+        return None
+    got = launch.arguments[knob.output]
+    if expected is not None and not torch.allclose(got, expected, rtol=2e-2, atol=2e-2):
+        print(f"{knob.title} {values}: WRONG RESULT")
+        return None
+    if run.dry_run:
+        start = time.perf_counter()
+        launch.run(device)
+        return 1e3 * (time.perf_counter() - start)
+    return do_bench(lambda: launch.run(device), warmup=5, rep=25, return_mode="median")
+
+
+PARTS: dict[str, Callable[[Run], None]] = {
+    "environment": environment,
+    "build": build,
+    "compile": compile_kernels,
+    "tests": tests,
+    "bench": bench,
+    "sweep": sweep,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    PARTS[given.part](Run(given.out, time.monotonic() + given.seconds, given.dry_run))
+
+
+if __name__ == "__main__":
+    main()
