@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .checkpoints import check_weights, copy_weights, open_weights, read_config, write_folder
 from .config import ModelConfig, usable_ids
@@ -151,9 +152,9 @@ def load(
     names = set(weights.tensors)
     rules = family.rules(config, names)
     more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
-    with torch.device("meta"):  # a config that asks for too much is found before it is allocated
-        check_weights(build(config).state_dict(), weights, rules, **more)
-    with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and then overwritten
+    with _Uninitialised():
+        with torch.device("meta"):  # a config that asks too much is found before it is allocated
+            check_weights(build(config).state_dict(), weights, rules, **more)
         network = build(config).to(wanted)
     copy_weights(network.state_dict(), weights, rules, **more)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -163,6 +164,20 @@ def load(
         )
     defaults = _generation_defaults(folder, raw, config.vocab_size)
     return Model(network.to(place), tokenizer, raw, defaults).eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """New parameters keep what memory holds; no random number is drawn for weights to come."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init" or function in _FILLING:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+_FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:

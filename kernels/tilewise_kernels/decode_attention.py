@@ -15,8 +15,8 @@ Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_in
 import torch
 from torch import Tensor
 
-from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches, same_device
 from .attention import flash_cpu
+from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches, same_device
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 
@@ -152,7 +152,7 @@ def _torch_forward(
     beam_index: Tensor | None,
     block_table: Tensor | None,
     scale: float,
-    *_: object,
+    *rest: object,
 ) -> tuple[Tensor]:
     """torch's CPU flash kernel over the gathered cache; the heads of a group become its queries."""
     k, v = (_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache))

@@ -50,7 +50,10 @@ class CachedSteps:
         shape = (len(prompts) * beams, capacity, config.kv_heads, config.head_size)
         dtype = autocast_dtype(weight.device) or weight.dtype  # of the keys the layers will make
         self.stored = [
-            tuple(weight.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
+            (
+                weight.new_empty(shape, dtype=dtype).transpose(1, 2),
+                weight.new_empty(shape, dtype=dtype).transpose(1, 2),
+            )
             for _ in decoder.layers
         ]
         first = torch.arange(len(prompts), device=weight.device) * beams

@@ -36,7 +36,9 @@ class Embedding(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         elif config.positions == "sinusoidal":
-            table = sinusoids(config.max_positions, config.hidden_size)
+            shape = (config.max_positions, config.hidden_size)
+            on_meta = torch.get_default_device().type == "meta"  # then shapes are all there is
+            table = torch.empty(shape) if on_meta else sinusoids(*shape)
             self.register_buffer("table", table, persistent=False)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
