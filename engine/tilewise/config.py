@@ -9,6 +9,7 @@ from .errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
+MAX_MATRIX = 2**44  # elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,12 @@ class ModelConfig:
             _whole(name, getattr(self, name), 0, 1_000)
         if self.encoder_layers + self.decoder_layers == 0:
             raise ConfigError("encoder_layers and decoder_layers are both 0: a model needs layers")
+        widest = max(self.vocab_size, self.max_positions, self.ffn_size, 3 * self.hidden_size)
+        if widest * self.hidden_size > MAX_MATRIX:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} makes a matrix of {widest} rows, which no memory "
+                "holds; check the sizes"
+            )
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads"
@@ -64,6 +71,8 @@ class ModelConfig:
         _one_of("positions", self.positions, ("learned", "sinusoidal", "none"))
         for name in ("final_norm", "scale_embedding", "tie_embeddings", "attention_scale_by_layer"):
             _one_of(name, getattr(self, name), (True, False))
+        if self.positions == "sinusoidal":
+            _whole("max_positions", self.max_positions, 1, 2**28 // self.hidden_size)
         _number("norm_eps", self.norm_eps, 0.0, 1.0)
         _number("dropout", self.dropout, 0.0, 1.0)
         if self.attention_scale is not None:

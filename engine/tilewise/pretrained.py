@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,22 @@ class _Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+_CHANGES_OUTPUT = {
+    "bad_words_ids", "begin_suppress_tokens", "do_sample", "encoder_no_repeat_ngram_size",
+    "min_length", "sequence_bias", "suppress_tokens", "top_k", "top_p", "temperature",
+}  # fmt: skip
 _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(f"source is {type(source).__name__}; pass a folder or a hub id")
     path = Path(source)
-    if path.is_dir():
-        return path
-    if str(source) == "dates":
+    if source == "dates":  # a folder of that name is "./dates"
         return Path(__file__).parent / "assets" / "dates"
-    is_path = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if os.path.isdir(path):  # unlike Path.is_dir it takes a name that is too long for none
+        return path
+    is_path = os.path.exists(path) or path.is_absolute() or str(source).startswith(".")
     if is_path or str(source).count("/") > 1:
         raise CheckpointError(f"there is no folder {source}; pass a checkpoint folder or a hub id")
     import huggingface_hub
@@ -210,20 +217,30 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one way to say no
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch has no one way to say no
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"device is {device!r}, which this machine lacks: {reason}") from error
+    if place.type == "meta":
+        raise ArgumentError("device is 'meta', which holds no weights; pass cpu or cuda")
+    return place
 
 
 def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Options from generation_config.json, else those old folders keep in config.json."""
-    if (folder / GENERATION).exists():
+    if os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
         found = read_config(folder, GENERATION)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = usable_ids(name, found.pop(name, None), vocab_size)
             if ids:
                 found[name] = list(ids) if name == "eos_token_id" else ids[0]
+        lost = sorted(_CHANGES_OUTPUT & {name for name, value in found.items() if value})
+        if lost:
+            warnings.warn(
+                f"{GENERATION} sets {', '.join(lost)}, which tilewise does not have: its output "
+                "will differ",
+                stacklevel=3,
+            )
         return found
     kept = ("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length")
     return {name: raw[name] for name in kept if name in raw}

@@ -15,14 +15,22 @@ Ways: triton (attention_triton.py) on CUDA; torch: the CPU flash kernel inside t
 pieces that it can express; blocked: plain torch over blocks of queries, for everything else.
 """
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import lazy_triton
-from .checks import fail, has_shape, is_float_tensor, is_mask, is_number, matches, same_device
+from .checks import (
+    fail,
+    has_shape,
+    is_flag,
+    is_float_tensor,
+    is_mask,
+    is_number,
+    matches,
+    same_device,
+)
 from .launch import architecture
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
@@ -187,7 +195,7 @@ def _pieces(b: int, sq: int, sk: int, causal: bool, lengths: list[int] | None) -
     """Cut a call so that each piece is square-causal from its corner, or not causal at all."""
     offset = sk - sq if causal and sq > 1 else 0
     causal = causal and sq > 1 or (causal and sk < sq)
-    spans = [(slice(0, b), sk)] if lengths is None else _runs(lengths)
+    spans = [(slice(0, b), sk)] if lengths is None else runs(lengths)
     pieces = []
     for batch, length in spans:
         if not causal:
@@ -201,7 +209,7 @@ def _pieces(b: int, sq: int, sk: int, causal: bool, lengths: list[int] | None) -
     return [p for p in pieces if p.keys.stop > p.keys.start and p.rows.stop > p.rows.start]
 
 
-def _runs(lengths: list[int]) -> list[tuple[slice, int]]:
+def runs(lengths: list[int]) -> list[tuple[slice, int]]:
     """Consecutive batch items of equal length, as (items, length)."""
     runs: list[tuple[slice, int]] = []
     for i, length in enumerate(lengths):
@@ -255,21 +263,15 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _part(mask: Tensor | None, piece: _Piece, group: int, hkv: int) -> Tensor | None:
-    """The mask of one piece and one query head per key head."""
+def _part(mask: Tensor | None, piece: _Piece) -> Tensor | None:
+    """The mask of one piece."""
     if mask is None:
         return None
     if mask.shape[0] > 1:
         mask = mask[piece.batch]
-    if mask.shape[1] > 1:
-        mask = mask.unflatten(1, (hkv, -1))[:, :, group]
     if mask.shape[2] > 1:
         mask = mask[:, :, piece.rows]
     return mask[..., piece.keys]
-
-
-def _calls(pieces: list[_Piece], groups: int) -> Iterator[tuple[_Piece, int]]:
-    return ((piece, group) for piece in pieces for group in range(groups))
 
 
 def _flash_forward(
@@ -285,27 +287,30 @@ def _flash_forward(
         return _flash_forward(-q, k, v, mask, key_lengths, causal, -scale)
     (b, hq, sq, _), hkv = q.shape, k.shape[1]
     k, v, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
+    k, v = (_per_query_head(t, hq // hkv) for t in (k, v))
     if _one_call(q, k, causal, lengths):
         return _flash_piece(_unit_stride(q), k, v, causal and sq > 1, mask, scale)
-    pieces = _pieces(b, sq, k.shape[2], causal, lengths)
     out = _empty_output(q, v.shape[3]).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
-    out_g, lse_g = out.unflatten(1, (hkv, -1)), lse.unflatten(1, (hkv, -1))
-    q_g = _unit_stride(q).unflatten(1, (hkv, -1))
-    for piece, group in _calls(pieces if q.numel() else [], hq // hkv):
-        at = (piece.batch, slice(None), group, piece.rows)
+    q = _unit_stride(q)
+    for piece in _pieces(b, sq, k.shape[2], causal, lengths) if q.numel() else []:
+        at = (piece.batch, slice(None), piece.rows)
         keys = (piece.batch, slice(None), piece.keys)
-        part_mask = _part(mask, piece, group, hkv)
-        part, part_lse = _flash_piece(q_g[at], k[keys], v[keys], piece.causal, part_mask, scale)
-        _merge(out_g[at], lse_g[at], part, part_lse)
+        part = _flash_piece(q[at], k[keys], v[keys], piece.causal, _part(mask, piece), scale)
+        _merge(out[at], lse[at], *part)
     return out, lse
 
 
+def _per_query_head(keys: Tensor, group: int) -> Tensor:
+    """k or v once for each query head: the kernel pairs heads."""
+    return keys if group == 1 else keys.repeat_interleave(group, 1)
+
+
 def _one_call(q: Tensor, k: Tensor, causal: bool, lengths: list[int] | None) -> bool:
-    """Whether the kernel takes the call as it is: paired heads, square or one query if causal."""
-    (_, hq, sq, _), (_, hkv, sk, _) = q.shape, k.shape
-    paired = hq == hkv and lengths is None and q.numel() > 0 and sk > 0
-    return paired and (not causal or sq == sk or sq == 1)
+    """Whether the kernel takes the call as it is: square, or with one query, if causal."""
+    sq, sk = q.shape[2], k.shape[2]
+    whole = lengths is None and q.numel() > 0 and sk > 0
+    return whole and (not causal or sq == sk or sq == 1)
 
 
 def _flash_piece(
@@ -353,38 +358,36 @@ def _flash_backward(
         return -dq, dk, dv
     (b, hq, sq, _), hkv = q.shape, k.shape[1]
     k0, v0, mask, lengths = _flash_operands(k, v, mask, key_lengths, q)
+    k0, v0 = (_per_query_head(t, hq // hkv) for t in (k0, v0))
     grad = grad.contiguous() if 0 in grad.stride() or grad.stride(-1) != 1 else grad
     q = _unit_stride(q)
     if mask is not None or causal or lengths is not None:  # some rows may see nothing
         lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
     if _one_call(q, k0, causal, lengths):
-        return flash_cpu_backward(
+        dq, dk, dv = flash_cpu_backward(
             grad, q, k0, v0, out, lse, 0.0, causal and sq > 1, attn_mask=mask, scale=scale
         )
-    pieces, groups = _pieces(b, sq, k0.shape[2], causal, lengths), hq // hkv
-    wide = accumulator(q.dtype)
-    dq = q.new_zeros(q.shape, dtype=wide)
-    dk, dv = k0.new_zeros(k0.shape, dtype=wide), v0.new_zeros(v0.shape, dtype=wide)
-    by_group = [t.unflatten(1, (hkv, -1)) for t in (grad, q, out, lse, dq)]
-    for piece, group in _calls(pieces if q.numel() else [], groups):
-        at = (piece.batch, slice(None), group, piece.rows)
+        return dq, _per_key_head(dk, hkv), _per_key_head(dv, hkv)
+    dq, dk, dv = (t.new_zeros(t.shape, dtype=accumulator(t.dtype)) for t in (q, k0, v0))
+    for piece in _pieces(b, sq, k0.shape[2], causal, lengths) if q.numel() else []:
+        at = (piece.batch, slice(None), piece.rows)
         keys = (piece.batch, slice(None), piece.keys)
-        g, q_part, out_part, lse_part, dq_part = (t[at] for t in by_group)
         shares = flash_cpu_backward(
-            g,
-            q_part,
-            k0[keys],
-            v0[keys],
-            out_part,
-            lse_part.contiguous(),
-            0.0,
-            piece.causal,
-            attn_mask=_part(mask, piece, group, hkv),
-            scale=scale,
-        )
-        for total, share in zip((dq_part, dk[keys], dv[keys]), shares, strict=True):
+            grad[at], q[at], k0[keys], v0[keys], out[at], lse[at].contiguous(), 0.0,
+            piece.causal, attn_mask=_part(mask, piece), scale=scale,
+        )  # fmt: skip
+        for total, share in zip((dq[at], dk[keys], dv[keys]), shares, strict=True):
             total += share
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dk, dv = (_per_key_head(t, hkv).to(k.dtype) for t in (dk, dv))
+    return dq.to(q.dtype), dk, dv
+
+
+def _per_key_head(gradient: Tensor, heads: int) -> Tensor:
+    """Gradients of repeated keys added up, in float32 or wider."""
+    if gradient.shape[1] == heads:
+        return gradient
+    wide = gradient.to(accumulator(gradient.dtype)).unflatten(1, (heads, -1))
+    return wide.sum(2).to(gradient.dtype)
 
 
 def _flash_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: object) -> str | None:
@@ -591,11 +594,13 @@ def attention(
             mask = mask.to(accumulator(q.dtype))
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, sk)
+    is_flag("attention", "causal", causal)
+    is_flag("attention", "return_lse", return_lse)
     if scale is not None:
         is_number("attention", "scale", scale)
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = d**-0.5 if scale is None and d else float(scale or 0.0)
-    out, lse = OP(q, k, v, mask, key_lengths, bool(causal), scale)
+    out, lse = OP(q, k, v, mask, key_lengths, causal, scale)
     return (out, lse) if return_lse else out

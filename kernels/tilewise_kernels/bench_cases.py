@@ -8,6 +8,8 @@ Shapes: softmax ...xN; attention q [B, H, Sq, D], k and v [B, Hkv, Sk, D]; decod
 feed_forward x [M, E], w1 [F, E], w2 [E, F].
 """
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -25,6 +27,7 @@ from .softmax import softmax
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]  # float tensors differentiate, others are masks and lengths
 SEED = 7
+MAX_ELEMENTS = 2**44  # or products of sizes: more than any memory holds
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class Case:
         """The shape written as 8x12x512x512; raises ArgumentError naming the syntax."""
         parts = text.lower().split("x")
         wanted = self.dims.split("x")
-        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        if not all(re.fullmatch("0*[1-9][0-9]{0,99}", part) for part in parts):
             raise ArgumentError(f"shape is {text!r}; pass {self.dims} in numbers above 0")
         fits = len(parts) >= 1 if wanted[0] == "..." else len(parts) == len(wanted)
         if not fits:
@@ -247,7 +250,10 @@ class Case:
                 f"shape {text} has {len(parts)} numbers; {self.op} takes {self.dims}, "
                 f"such as {'x'.join(map(str, self.shape))}"
             )
-        return tuple(int(part) for part in parts)
+        shape = tuple(int(part) for part in parts)
+        if math.prod(shape) > MAX_ELEMENTS:
+            raise ArgumentError(f"shape {text} is beyond any memory; pass {self.dims} smaller")
+        return shape
 
     def check(self, shape: Shape, o: Options) -> None:
         """Raise ArgumentError for options that the op does not take or that do not fit."""

@@ -10,6 +10,9 @@ from .errors import ArgumentError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+_INFINITE = (float("inf"), float("-inf"))
+
+
 def shape_of(tensor: Tensor) -> str:
     """The shape as text, e.g. [2, 3]."""
     return str(list(tensor.shape))
@@ -28,6 +31,8 @@ def is_float_tensor(op: str, name: str, tensor: object, min_dims: int = 1) -> No
         raise fail(op, name, tensor.dtype, "pass float32, float16, bfloat16 or float64")
     if tensor.layout is not torch.strided:
         raise fail(op, name, tensor.layout, "pass a dense tensor (x.to_dense())")
+    if tensor.is_nested:
+        raise fail(op, name, "a nested tensor", "pass it padded (torch.nested.to_padded_tensor)")
     if tensor.dim() < min_dims:
         raise fail(op, name, f"of shape {shape_of(tensor)}", f"it needs {min_dims} or more dims")
 
@@ -58,11 +63,24 @@ def has_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], meani
 
 
 def is_number(op: str, name: str, value: object) -> None:
-    """Raise unless `value` is a real number that is not NaN."""
+    """Raise unless `value` is a real, finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise fail(op, name, repr(value), "pass a number")
-    if value != value:
-        raise fail(op, name, "NaN", "pass a finite number")
+    if value != value or value in _INFINITE:  # math.isfinite would break a traced graph
+        raise fail(op, name, "NaN" if value != value else value, "pass a finite number")
+    if isinstance(value, int) and value.bit_length() > 1023:
+        raise fail(op, name, "too large for a float", "pass a finite number")
+
+
+def is_flag(op: str, name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise fail(op, name, f"a {type(value).__name__}", "pass True or False")
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is an int and no bool."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def is_probability(op: str, name: str, value: object) -> None:
@@ -92,6 +110,8 @@ def is_mask(
         raise fail(op, "mask", type(mask).__name__, "pass a bool or float torch.Tensor")
     if mask.dtype is not torch.bool and mask.dtype not in FLOATS:
         raise fail(op, "mask", mask.dtype, "pass bool (True = attend) or float (added)")
+    if mask.layout is not torch.strided or mask.is_nested:
+        raise fail(op, "mask", "sparse or nested", "pass a dense tensor")
     if mask.requires_grad:
         raise fail(op, "mask", "one that requires grad", "masks take no gradient: mask.detach()")
     same_device(op, "mask", mask, like_name, like)

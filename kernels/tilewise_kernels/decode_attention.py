@@ -15,8 +15,17 @@ Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_in
 import torch
 from torch import Tensor
 
-from .attention import flash_cpu
-from .checks import broadcasts, fail, has_shape, is_float_tensor, is_number, matches, same_device
+from .attention import flash_cpu, runs
+from .checks import (
+    broadcasts,
+    fail,
+    has_shape,
+    is_float_tensor,
+    is_number,
+    is_whole,
+    matches,
+    same_device,
+)
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 
@@ -157,15 +166,21 @@ def _torch_forward(
     """torch's CPU flash kernel over the gathered cache; the heads of a group become its queries."""
     k, v = (_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache))
     (r, hq, _, d), (hkv, t) = q.shape, k.shape[1:3]
-    mask = None
-    if int(lengths.min()) < t:
-        unread = (torch.arange(t) >= lengths[:, None])[:, None, :, None]
-        k, v = k.masked_fill(unread, 0), v.masked_fill(unread, 0)
-        mask = torch.zeros(r, 1, 1, t, dtype=accumulator(q.dtype))
-        mask.masked_fill_(unread.transpose(-1, -2), -torch.inf)
     grouped = q.reshape(r, hkv, hq // hkv, d)
-    out = flash_cpu(grouped, k, v, 0.0, False, attn_mask=mask, scale=scale)[0]
-    return (out.reshape(r, hq, 1, d),)
+    if int(lengths.min()) == t:
+        return (flash_cpu(grouped, k, v, 0.0, False, scale=scale)[0].reshape(q.shape),)
+    if beam_index is None and block_table is None:  # read each row's own part in place
+        out = torch.zeros_like(grouped)
+        for rows, n in runs(lengths.tolist()):
+            if n:
+                part = (grouped[rows], k[rows, :, :n], v[rows, :, :n])
+                out[rows] = flash_cpu(*part, 0.0, False, scale=scale)[0]
+        return (out.reshape(q.shape),)
+    unread = (torch.arange(t) >= lengths[:, None])[:, None, :, None]
+    mask = torch.zeros(r, 1, 1, t, dtype=accumulator(q.dtype))
+    mask.masked_fill_(unread.transpose(-1, -2), -torch.inf)
+    k, v = k.masked_fill_(unread, 0), v.masked_fill_(unread, 0)  # gathered: ours to write
+    return (flash_cpu(grouped, k, v, 0.0, False, attn_mask=mask, scale=scale)[0].reshape(q.shape),)
 
 
 def _torch_refuses(
@@ -300,9 +315,9 @@ def decode_attention(
     left = -1
     if window is not None:
         pair = isinstance(window, (tuple, list)) and len(window) == 2
-        if not pair or any(n is not None and n < 0 for n in window):
+        if not pair or not all(n is None or (is_whole(n) and n >= 0) for n in window):
             raise fail(op, "window", window, "pass (left, right), each a number >= 0 or None")
-        left = -1 if window[0] is None else int(window[0])
+        left = -1 if window[0] is None else min(int(window[0]), 2**31)
     if bias is not None:
         is_float_tensor(op, "bias", bias, min_dims=0)
         same_device(op, "bias", bias, "q", q)

@@ -483,7 +483,7 @@ def _check_layer(
 
 
 def _check_activation(op: str, activation: object) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise fail(op, "activation", repr(activation), f"pass one of {', '.join(ACTIVATIONS)}")
 
 

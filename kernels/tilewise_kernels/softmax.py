@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .checks import fail, is_float_tensor, is_mask, is_number
+from .checks import fail, is_flag, is_float_tensor, is_mask, is_number, is_whole
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 
@@ -121,7 +121,8 @@ def softmax(
     """
     is_float_tensor("softmax", "x", x, min_dims=1)
     is_number("softmax", "scale", scale)
-    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+    is_flag("softmax", "causal", causal)
+    if not is_whole(dim) or not -x.dim() <= dim < x.dim():
         raise fail("softmax", "dim", dim, f"x has {x.dim()} dims: pass {-x.dim()}..{x.dim() - 1}")
     if causal and (x.dim() < 2 or dim % x.dim() != x.dim() - 1):
         raise fail("softmax", "causal", f"True with dim={dim}", "it needs dim=-1 and 2+ dims")

@@ -152,6 +152,7 @@ BAD_PROMPTS: list[tuple[object, str]] = [
     (None, "input_ids is NoneType"),
     (5, "input_ids is int"),
     ({"input_ids": [[4]]}, "input_ids is dict"),
+    (torch.ones(1, 2, dtype=torch.int64).to_sparse(), "input_ids is sparse"),
     ([[4] * 41], "41 tokens long"),
     ([[4] * 400], "400 tokens long"),
 ]
@@ -177,6 +178,7 @@ def test_bad_masks_are_named(models) -> None:
         (torch.ones(2, 3), r"attention_mask has shape \[2, 3\]; pass \[2, 2\]"),
         (torch.ones(2), r"attention_mask has shape \[2\]"),
         ([[1, 1], [1, 1]], "attention_mask is list"),
+        (torch.ones(2, 2).to_sparse(), "attention_mask is sparse"),
     ):
         with untouched(models["decoder"]), pytest.raises(ArgumentError, match=match):
             generate(models["decoder"], IDS, attention_mask=mask)

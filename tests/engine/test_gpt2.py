@@ -267,6 +267,11 @@ def test_folders_that_are_none(tmp_path: Path, small: Path) -> None:
     for source in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
         with pytest.raises(CheckpointError, match="there is no folder"):
             tilewise.load(source)
+    for source in (None, 5, b"dates"):
+        with pytest.raises(ArgumentError, match="source is"):
+            tilewise.load(source)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="the hub gave none"):
+        tilewise.load("a" * 5000)
     with pytest.raises(CheckpointError, match="there is no folder.*config.json"):
         tilewise.load(small / "config.json")
     with pytest.raises(CheckpointError, match="config.json"):
@@ -274,7 +279,7 @@ def test_folders_that_are_none(tmp_path: Path, small: Path) -> None:
 
 
 def test_device_and_dtype_that_do_not_exist(small: Path) -> None:
-    for device in ("cuda:99", "abacus", 3.5):
+    for device in ("cuda:99", "abacus", 3.5, 10**30, "meta"):
         with pytest.raises(ArgumentError, match=f"device is .*{device}"):
             tilewise.load(small, device=device)
     for dtype in ("int8", torch.int64, "Tensor", None, 32):

@@ -339,6 +339,7 @@ BAD_CONFIGS = [
     ({"bos_token_id": V}, "bos_token_id is 13"),
     ({"decoder_start_token_id": 1.0}, "decoder_start_token_id is 1.0"),
     ({"eos_token_id": 3}, "eos_token_id is 3; it must be a tuple"),
+    ({"hidden_size": 2**30, "vocab_size": 2**31 - 1}, "no memory holds"),
     ({"eos_token_id": (V,)}, "eos_token_id is 13"),
     ({"eos_token_id": (True,)}, "eos_token_id is True"),
 ]
@@ -365,6 +366,12 @@ def test_special_ids_beyond_the_vocabulary_are_left_out_aloud() -> None:
     for value in (-1, 1.5, "a", [None], True, {"a": 1}):
         with pytest.raises(ConfigError, match="eos_token_id"):
             usable_ids("eos_token_id", value, 10)
+
+
+def test_only_a_configuration_can_be_built() -> None:
+    for config in (None, VALUES):
+        with pytest.raises(ConfigError, match="pass a tilewise.ModelConfig"):
+            build(config)  # type: ignore[arg-type]
 
 
 def test_stacks_that_are_absent_cannot_be_built() -> None:

@@ -89,7 +89,8 @@ def test_default_shape_fits_its_own_syntax(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "text"),
     [("attention", "2x8x512"), ("softmax", "8x"), ("softmax", ""), ("linear_act", "2x-3x4"),
-     ("layer_norm", "4x0"), ("feed_forward", "1x2x3x4"), ("softmax", "\u0664x4")],
+     ("layer_norm", "4x0"), ("feed_forward", "1x2x3x4"), ("softmax", "\u0664x4"),
+     ("softmax", "99999999x99999999"), ("softmax", "9" * 5000)],
 )  # fmt: skip
 def test_bad_shapes_name_the_syntax(op: str, text: str) -> None:
     with pytest.raises(ArgumentError, match=CASES[op].dims.replace(".", "[.]")):

@@ -282,6 +282,8 @@ def test_both_ways_agree_and_native_is_chosen():
 # ---- bad input -----------------------------------------------------------------------------------
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(9))
+with warnings.catch_warnings(action="ignore"):  # torch says that the layout is a prototype
+    NESTED = torch.nested.nested_tensor([X[0], X[1, :2]])
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,11 @@ X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(9))
         ((X.to(torch.complex64),), {}, "x is torch.complex64"),
         ((torch.tensor(1.0),), {}, r"x is of shape \[\]"),
         ((X.to_sparse(),), {}, "x is torch.sparse_coo"),
+        ((NESTED,), {}, "x is a nested tensor"),
         ((X,), {"scale": NAN}, "scale is NaN"),
+        ((X,), {"scale": 10**400}, "scale is too large"),
+        ((X,), {"mask": NESTED}, "mask is sparse or nested"),
+        ((X,), {"mask": X.to_sparse()}, "mask is sparse or nested"),
         ((X,), {"scale": "1"}, "scale is '1'"),
         ((X,), {"scale": torch.tensor(1.0)}, "scale is tensor"),
         ((X,), {"scale": True}, "scale is True"),

@@ -104,15 +104,20 @@ def missing(
 ) -> list[str]:
     """Source names the file lacks, and targets that no rule reaches, not even by shared memory."""
     wanted = dict.fromkeys(name for rule in table for name in rule.sources)
-    filled = {target[rule.target].data_ptr() for rule in table if rule.target in target}
+    filled = {memory_of(target[rule.target]) for rule in table if rule.target in target}
     ruled = {rule.target for rule in table}
     absent = [shown(name) for name in wanted if name not in weights.tensors]
     unfilled = [
         f"a source for the model's {shown(name)}"
         for name, tensor in target.items()
-        if name not in ruled and tensor.data_ptr() not in filled
+        if name not in ruled and memory_of(tensor) not in filled
     ]
     return absent + unfilled
+
+
+def memory_of(tensor: Tensor) -> int:
+    """One number per storage; unlike an address it also tells meta tensors apart."""
+    return tensor.untyped_storage()._cdata
 
 
 def misfit(target: Mapping[str, Tensor], weights: WeightFiles, rule: WeightRule) -> str | None:

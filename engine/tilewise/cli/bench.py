@@ -78,6 +78,7 @@ def bench(
     """  # fmt: skip
     if plot is not None:
         _need_matplotlib()
+        _check_plot(plot)
     requests = _requests(op, shape, options)
     where = usable_device(device)
     seconds = time_budget or (SECONDS_FOR_ONE if op else SECONDS_FOR_ALL)
@@ -225,6 +226,16 @@ def _need_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise KernelUnavailable("--plot needs matplotlib: pip install 'tilewise[bench]'")
+
+
+def _check_plot(file: str) -> None:
+    from pathlib import Path
+
+    path = Path(file)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot is {file}; its name must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"--plot is {file}; there is no folder {path.parent}")
 
 
 def _draw(results: list["Result"], file: str) -> None:

@@ -18,6 +18,7 @@ class Program(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         """Run a command line (sys.argv when args is None) and exit."""
+        _open_closed_streams()
         _never_fail_to_print()
         extra["standalone_mode"] = False
         try:
@@ -29,6 +30,10 @@ class Program(click.Group):
             error.show()
             code = error.exit_code
         except BrokenPipeError:  # the reader left; nothing more may go to stdout, at exit neither
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = RUNTIME_ERROR
+        except OSError as error:  # a full disk, a folder that cannot be written to
+            click.echo(f"error: {error}", err=True)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = RUNTIME_ERROR
         sys.exit(code if isinstance(code, int) else 0)
@@ -52,6 +57,13 @@ class Command(click.Command):
             problem = "out of memory: pass something smaller"
         click.echo(f"error: {problem}", err=True)
         ctx.exit(RUNTIME_ERROR)
+
+
+def _open_closed_streams() -> None:
+    """Streams that the shell closed (<&-) are empty ones; Python has None in their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def _never_fail_to_print() -> None:

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019): Hugging Face's config.json and weight names to ours, and back."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -31,29 +32,30 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig:
         )
     if raw.get("add_cross_attention", False):
         raise ConfigError("add_cross_attention is set; a GPT-2 here is a decoder on its own")
-    size = _required(raw, "n_embd", 768)
-    vocab = _required(raw, "vocab_size", 50257)
+    size = _count(raw, "n_embd", 768)
+    vocab = _count(raw, "vocab_size", 50257)
+    end = 50256 if vocab > 50256 else None  # what the class assumes where a file is silent
     return ModelConfig(
         model_type=MODEL_TYPE,
         vocab_size=vocab,
         hidden_size=size,
-        num_heads=_required(raw, "n_head", 12),
+        num_heads=_count(raw, "n_head", 12),
         ffn_size=raw.get("n_inner") or 4 * size,
-        decoder_layers=_required(raw, "n_layer", 12),
-        max_positions=_required(raw, "n_positions", 1024),
+        decoder_layers=_count(raw, "n_layer", 12),
+        max_positions=_count(raw, "n_positions", 1024),
         activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=raw.get("tie_word_embeddings", True),
         attention_scale=None if raw.get("scale_attn_weights", True) else 1.0,
         attention_scale_by_layer=raw.get("scale_attn_by_inverse_layer_idx", False),
         dropout=raw.get("resid_pdrop", 0.1),
-        bos_token_id=_one_id(raw, "bos_token_id", vocab),
-        eos_token_id=usable_ids("eos_token_id", raw.get("eos_token_id"), vocab),
+        bos_token_id=_one_id({"bos_token_id": end, **raw}, "bos_token_id", vocab),
+        eos_token_id=usable_ids("eos_token_id", raw.get("eos_token_id", end), vocab),
         pad_token_id=_one_id(raw, "pad_token_id", vocab),
     )
 
 
-def _required(raw: Mapping[str, Any], name: str, default: int) -> int:
+def _count(raw: Mapping[str, Any], name: str, default: int) -> int:
     value = raw.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
@@ -112,10 +114,13 @@ def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a GPT-2 folder that transformers reads back."""
+    """The config.json of a GPT-2 folder that transformers reads back.
+
+    Raises ConfigError for a configuration that no GPT-2 has, such as post-norm layers.
+    """
     eos = list(config.eos_token_id)
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    return {
+    raw = {
         "model_type": MODEL_TYPE,
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
@@ -136,6 +141,14 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_token_id,
     }
+    same = replace(config, num_kv_heads=None if config.kv_heads == config.num_heads else 1)
+    read_back, wanted = config_from(raw).to_dict(), same.to_dict()
+    wrong = [name for name in wanted if wanted[name] != read_back[name]]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: a GPT-2 folder cannot say this; save it as a model_type that can"
+        )
+    return raw
 
 
 def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

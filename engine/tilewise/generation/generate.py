@@ -122,12 +122,14 @@ def _ragged(
 ) -> list[list[int]]:
     """Prompts as lists of ids, checked against the vocabulary and the context."""
     if isinstance(ids, Tensor):
-        check_ids(name, ids, config.vocab_size, config.max_positions)
         if attention_mask is None:
+            check_ids(name, ids, config.vocab_size, config.max_positions)
             return ids.tolist()
+        check_ids(name, ids, config.vocab_size, ids.shape[-1] if ids.dim() else 0)
         check_mask("attention_mask", attention_mask, ids)
         pairs = zip(ids.tolist(), (attention_mask != 0).tolist(), strict=True)
-        return [[i for i, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
+        ids = [[i for i, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
+        attention_mask = None
     if attention_mask is not None:
         raise ArgumentError("attention_mask was given with lists of ids, which need none")
     if isinstance(ids, str) or not isinstance(ids, Sequence):

@@ -57,8 +57,8 @@ def nothing(sentences: int, beams: int, tokens: int, device: torch.device) -> Hy
     return Hypotheses(
         torch.zeros(sentences, beams, tokens, dtype=torch.int64, device=device),
         torch.zeros(sentences, beams, dtype=torch.int64, device=device),
-        torch.zeros(sentences, beams, tokens, device=device),
-        torch.full((sentences, beams), WORST, device=device),
+        torch.zeros(sentences, beams, tokens, dtype=torch.float32, device=device),
+        torch.full((sentences, beams), WORST, dtype=torch.float32, device=device),
     )
 
 

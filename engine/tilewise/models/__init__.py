@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..config import ModelConfig
+from ..errors import ConfigError
 from .decoder import Decoder
 from .encoder import Encoder
 from .heads import ModelOutput
@@ -13,6 +14,8 @@ __all__ = ["Decoder", "Encoder", "ModelOutput", "Seq2Seq", "build"]
 
 def build(config: ModelConfig) -> nn.Module:
     """The model a configuration describes: by which of its two stacks have layers."""
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"config is {type(config).__name__}; pass a tilewise.ModelConfig")
     if config.encoder_layers and config.decoder_layers:
         return Seq2Seq(config)
     return Decoder(config) if config.decoder_layers else Encoder(config)

@@ -15,6 +15,7 @@ def check_ids(name: str, ids: object, vocab_size: int, max_length: int | None = 
         raise ArgumentError(f"{name} is {type(ids).__name__}; pass a LongTensor [rows, length]")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(f"{name} is {ids.dtype}; pass token ids as int64")
+    _check_dense(name, ids)
     if ids.dim() != 2:
         raise ArgumentError(f"{name} has shape {list(ids.shape)}; pass [rows, length]")
     if max_length is not None and ids.shape[1] > max_length:
@@ -37,8 +38,14 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
     """ArgumentError unless mask is a tensor of like's shape."""
     if not isinstance(mask, Tensor):
         raise ArgumentError(f"{name} is {type(mask).__name__}; pass a tensor {list(like.shape)}")
+    _check_dense(name, mask)
     if mask.shape != like.shape:
         raise ArgumentError(f"{name} has shape {list(mask.shape)}; pass {list(like.shape)}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise ArgumentError(f"{name} is sparse or nested; pass a dense tensor")
 
 
 def refuse(model_type: str, **arguments: object) -> None:
