@@ -37,8 +37,11 @@ gpu:
 
 # The CPU benches, and the tables of benches/README.md made from them.
 bench: .venv/ready
-	OMP_NUM_THREADS=2 $(BIN)/pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json
-	$(BIN)/python benches/report.py benches/results/cpu.json
+	mkdir -p benches/results
+	OMP_NUM_THREADS=2 $(BIN)/pytest benches --benchmark-json=benches/results/cpu.json
+	$(BIN)/python benches/aot.py --json benches/results/aot.json
+	$(BIN)/python benches/report.py benches/results/cpu.json --aot benches/results/aot.json \
+	    --plot benches/results/cpu.svg
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/tilewise_kernels/_C*.so

@@ -1,7 +1,7 @@
 """Turn benchmark results into the tables of benches/README.md and a plot.
 
     OMP_NUM_THREADS=2 pytest benches --benchmark-json=results.json
-    python benches/report.py results.json [more.json ...] [--readme FILE] [--plot FILE]
+    python benches/report.py results.json [more.json ...] [--aot FILE] [--readme FILE] [--plot FILE]
 
 The tables go between the lines `<!-- report:begin -->` and `<!-- report:end -->` of the README.
 """
@@ -96,6 +96,30 @@ def section(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ahead_of_time(rows: list[dict[str, Any]]) -> list[str]:
+    """The Markdown of benches/aot.py's table: bfloat16 at the sizes most models have."""
+    sizes = (" D64 ", " D128 ", " N1024 ", " K1024 ")
+    shown = [
+        row
+        for row in rows
+        if row["configuration"].startswith("bfloat16")
+        and any(size in row["configuration"] for size in sizes)
+        and row["target"] in ("sm_80", "sm_90", "sm_100")
+    ]
+    heads = ["kernel", "configuration", "target", "registers", "stack", "shared", "instruction"]
+    clean = sum(row["verdict"] == "ok" for row in rows)
+    return [
+        "## Compiled ahead of time",
+        "",
+        f"{len(rows)} configurations of the Triton kernels, for GPUs that are not here: {clean} "
+        "meet the rule (no spilled register, products on tensor cores); the others, float32 above "
+        "head dim 64 and a few wide rows, are only reported. bfloat16 at common sizes (stack and "
+        "shared memory in bytes):",
+        "",
+        *table(heads, [[str(row[head]) for head in heads] for row in shown]),
+    ]
+
+
 def write_between_markers(readme: Path, lines: list[str]) -> None:
     """Replace what is between the markers of the README; raises SystemExit without them."""
     text = readme.read_text()
@@ -133,10 +157,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).parent / "README.md")
+    parser.add_argument("--aot", type=Path, help="the JSON of benches/aot.py")
     parser.add_argument("--plot")
     arguments = parser.parse_args()
     documents = [json.loads(file.read_text()) for file in arguments.results]
     lines = [line for document in documents for line in section(document)]
+    if arguments.aot:
+        lines += ahead_of_time(json.loads(arguments.aot.read_text()))
     write_between_markers(arguments.readme, lines)
     if arguments.plot:
         draw(documents, arguments.plot)

@@ -25,7 +25,7 @@ from tilewise.training import inverse_square_root
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", default="dates", help="folder for the checkpoint")
+    parser.add_argument("--out", default="my_dates", help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=192, help="pairs per step")
     parser.add_argument("--warmup", type=int, default=300, help="steps of rising learning rate")

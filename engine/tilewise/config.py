@@ -9,7 +9,7 @@ from .errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
-MAX_MATRIX = 2**44  # elements
+MAX_MATRIX = 2**56  # elements; their bytes still fit 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)

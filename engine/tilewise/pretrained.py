@@ -218,7 +218,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch has no one way to say no
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # all of them torch's
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"device is {device!r}, which this machine lacks: {reason}") from error
     if place.type == "meta":

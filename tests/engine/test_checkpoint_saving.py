@@ -364,6 +364,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_targets_that_are_no_path() -> None:
+    for target in (None, 5, "a\0b"):
+        with pytest.raises(CheckpointError, match="names no folder"):
+            save_new(target)  # type: ignore[arg-type]
+
+
 def test_awkward_targets(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file", tmp_path / "file" / "m"):

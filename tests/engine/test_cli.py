@@ -109,6 +109,7 @@ finally:
         (["bench", "--shape", "8x8"], "need an OP"),
         (["bench", "decode_attention", "--direction", "both"], "without gradients"),
         (["bench", "softmax", "--device", "tpu"], "pass cpu, cuda"),
+        (["bench", "softmax", "--shape", "99999999x99999999"], "beyond any memory"),
         (["generate", "hello"], "Missing option '--model'"),
         (["generate", "--model", "x", "--num-beams", "0", "hello"], "--num-beams"),
         (["translate", "--file", "/no/such/file"], "does not exist"),
@@ -241,6 +242,30 @@ def test_a_reader_that_leaves_is_no_traceback(folder: Path) -> None:
     child.stderr.close()
 
 
+def test_a_full_disk_is_one_line(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", MAIN, "translate", "--model", str(folder), TEXTS[0]]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=environment
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_no_traceback(folder: Path, closed: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    texts = [] if closed == "0<&-" else [TEXTS[0]]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", MAIN,
+         "translate", "--model", str(folder), *texts],
+        capture_output=True, timeout=60, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.stdout != b"") == (closed == "2>&-")
+
+
 def test_interruption_exits_130(tmp_path: Path) -> None:
     """Ctrl-C while it reads: opening the pipe for writing waits until it has opened it too."""
     pipe = tmp_path / "texts"
@@ -292,6 +317,15 @@ def test_bench_prints_a_table_and_the_same_as_json(tmp_path: Path) -> None:
     ran = [row["ran"] for row in result["rows"] if row["chosen"]]
     assert len(ran) == 1 and f"; {ran[0]} really ran" in text
     assert plot.read_bytes().lstrip().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(("name", "words"), [("x.xyz", "must end in"), ("no/x.png", "no folder")])
+def test_a_plot_that_cannot_be_written_is_refused_before_measuring(
+    monkeypatch, tmp_path: Path, name: str, words: str
+) -> None:
+    monkeypatch.setattr(sys.modules["tilewise.cli.bench"], "_need_matplotlib", lambda: None)
+    done = run("bench", "softmax", "--plot", str(tmp_path / name))
+    assert done.exit_code == 2 and words in " ".join(done.stderr.split()) and done.stdout == ""
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path: Path) -> None:

@@ -584,6 +584,19 @@ def test_same_call_same_bits(models) -> None:
         assert torch.equal(out.sequences_scores, outs[0].sequences_scores)
 
 
+def test_the_default_dtype_changes_nothing(models) -> None:
+    """Scores are float32 whatever torch makes new tensors of."""
+    for more in ({}, {"num_beams": 3}):
+        expected = generate(models["decoder"], prompts(5), max_new_tokens=6, **more)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = generate(models["decoder"], prompts(5), max_new_tokens=6, **more)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.sequences_scores, expected.sequences_scores)
+
+
 def test_bfloat16_generates(models) -> None:
     network = copy.deepcopy(models["decoder"]).to(torch.bfloat16)
     out = generate(network, prompts(5), num_beams=3, max_new_tokens=6)

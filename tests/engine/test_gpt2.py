@@ -346,6 +346,11 @@ def test_damaged_generation_defaults(changed: Path) -> None:
     (changed / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="generation_config.json"):
         tilewise.load(changed)
+    (changed / "generation_config.json").unlink()
+    (changed / "generation_config.json").symlink_to("generation_config.json")
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        tilewise.load(changed)
+    (changed / "generation_config.json").unlink()
     (changed / "generation_config.json").write_text('{"num_beams": "4"}')
     with pytest.raises(ArgumentError, match="num_beams is '4'"):
         tilewise.load(changed).generate([[3]])

@@ -233,6 +233,9 @@ def test_attention_names_what_it_cannot_take() -> None:
     x, memory = inputs((R, S, SIZE), (R, N, SIZE))
     with pytest.raises(ArgumentError, match=r"shape \[3, 7, 23\]"):
         ours(x[..., :-1])
+    for wrong in ((x.tolist(),), (x, memory.tolist())):
+        with pytest.raises(ArgumentError, match="x or memory is list"):
+            ours(*wrong)
     with pytest.raises(ArgumentError, match=r"shape \[7, 24\]"):
         ours(x[0])
     with pytest.raises(ArgumentError, match=r"shape \[3, 5, 20\]"):

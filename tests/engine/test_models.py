@@ -371,7 +371,7 @@ def test_special_ids_beyond_the_vocabulary_are_left_out_aloud() -> None:
 def test_only_a_configuration_can_be_built() -> None:
     for config in (None, VALUES):
         with pytest.raises(ConfigError, match="pass a tilewise.ModelConfig"):
-            build(config)  # type: ignore[arg-type]
+            tilewise.build(config)  # type: ignore[arg-type]
 
 
 def test_stacks_that_are_absent_cannot_be_built() -> None:

@@ -219,6 +219,11 @@ def test_empty(sizes, lengths):
     assert t or (found["out"] == 0).all()
 
 
+def test_a_window_past_every_length_is_none():
+    expected = decode_attention(Q, K, K, L)
+    torch.testing.assert_close(decode_attention(Q, K, K, L, window=(10**30, None)), expected)
+
+
 def test_huge_logits():
     case = call(1, 1, 1, 1, 9, 8, [9])
     case["q"] = case["q"] * 1e4

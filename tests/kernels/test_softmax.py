@@ -1,6 +1,7 @@
 """softmax on the CPU: native and reference against float64 torch; every edge of its contract."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -37,7 +37,10 @@ def write_folder(
     the same tensor are an error. Modes are 0666 & ~umask. Raises CheckpointError, with nothing left
     behind and the folder's previous content unchanged.
     """
-    root = Path(os.path.realpath(folder))
+    try:
+        root = Path(os.path.realpath(os.fsdecode(folder)))
+    except (TypeError, ValueError) as error:  # no path at all, or one with a NUL
+        raise CheckpointError(f"{folder!r} names no folder: {error}") from error
     stored = storable(tensors)
     try:
         files = {name: content(name, source) for name, source in (extra_files or {}).items()}

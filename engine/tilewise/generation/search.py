@@ -94,13 +94,13 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
         chosen = _extended(running, beams, tokens, scores, step)
         ended = torch.isin(tokens, ends) | (step + 1 == limit)
 
-        next_scores = scores + ended * WORST
+        next_scores = scores + ended.float() * WORST
         best = next_scores.topk(k)[1]
         running, parents = chosen.pick(best), beams.gather(1, best)
         running.scores = next_scores.gather(1, best)
 
         closing = ended & (torch.arange(flat.shape[1], device=device) < k)
-        chosen.scores = scores / (step + 1) ** options.length_penalty + ~closing * WORST
+        chosen.scores = scores / (step + 1) ** options.length_penalty + (~closing).float() * WORST
         merged, merged_full = finished.join(chosen), torch.cat([full, closing], 1)
         best = merged.scores.topk(k)[1]
         finished, full = merged.pick(best), merged_full.gather(1, best)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise_kernels import attention, decode_attention
-from tilewise_kernels.checks import fail, matches, shape_of
+from tilewise_kernels.checks import fail, is_float_tensor, matches, shape_of
 from tilewise_kernels.errors import ArgumentError
 from tilewise_kernels.op import autocast_dtype
 
@@ -107,7 +107,7 @@ class MultiHeadAttention(nn.Module):
         [R, H, S, keys]. key_lengths: [rows of keys]. cache: write x's keys there, attend to it.
         """
         if memory is not None:
-            if isinstance(memory, Tensor):
+            if not isinstance(memory, Memory):
                 memory = self.remember(memory, key_lengths)
             return self._attend_memory(x, memory, mask)
         q, k, v = self._project(x, 0, self.num_heads + 2 * self.kv_heads).split(
@@ -155,6 +155,7 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: Tensor, first_head: int, heads: int) -> Tensor:
         """Project x onto `heads` heads of the packed weights: [R, heads, S, D]."""
         size = self.in_proj_weight.shape[1]
+        is_float_tensor("MultiHeadAttention", "x or memory", x)
         if x.dim() != 3 or x.shape[-1] != size:
             got = f"of shape {shape_of(x)}"
             raise fail("MultiHeadAttention", "x or memory", got, f"pass [rows, length, {size}]")
