@@ -286,7 +286,8 @@ def test_interruption_exits_130(tmp_path: Path) -> None:
 # -- info and bench ------------------------------------------------------------------------------
 
 
-def test_info_names_what_every_op_uses() -> None:
+def test_info_names_what_every_op_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # as a user runs it
     document = one_json(run("info", "--json").stdout)
     assert document["versions"]["torch"] == torch.__version__
     assert document["cpu"]["threads"] == torch.get_num_threads()
