@@ -5,7 +5,6 @@ Shapes: hidden [R, S, E]; logits [R, S, V].
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,9 +51,3 @@ def initialise(module: nn.Module, std: float) -> None:
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)
-
-
-def sinusoid_safe_start(embedding: nn.Embedding, size: int) -> None:
-    """Embeddings from N(0, 1 / size): with the sqrt(size) scale their rows have unit variance."""
-    with torch.no_grad():
-        nn.init.normal_(embedding.weight, std=size**-0.5)

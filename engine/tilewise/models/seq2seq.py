@@ -10,7 +10,7 @@ from ..config import ModelConfig
 from ..errors import ArgumentError, ConfigError
 from .decoder import Decoder, check_labels
 from .encoder import Encoder
-from .heads import IGNORED_LABEL, ModelOutput, initialise, sinusoid_safe_start, token_loss
+from .heads import IGNORED_LABEL, ModelOutput, initialise, token_loss
 from .inputs import check_ids, refuse
 
 
@@ -36,7 +36,8 @@ class Seq2Seq(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "embedding" not in name and "lm_head" not in name:
                 nn.init.xavier_uniform_(parameter)
-        sinusoid_safe_start(self.encoder.embedding.tokens, self.config.hidden_size)
+        shared = self.encoder.embedding.tokens.weight
+        nn.init.normal_(shared, std=self.config.hidden_size**-0.5)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Labels [R, S] to decoder inputs: the start token, then all labels but the last."""
