@@ -6,9 +6,8 @@ backward recomputes the probabilities P = exp(scale * q k^T - lse) tile by tile.
 Source: Dao et al. 2022 and Dao 2023 (FlashAttention); Milakov and Gimelshein 2018 (online softmax).
 
 Shapes: q [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]; Hq = G * Hkv, query head h reads key head h // G;
-mask 4-D, broadcasting to [B, Hq, Sq, Sk]; key_lengths [B]; out [B, Hq, Sq, D], stored as
-[B, Sq, Hq, D] so that merging heads copies nothing (torch's kernel lays it out as q); lse
-[B, Hq, Sq].
+mask 4-D, broadcasting to [B, Hq, Sq, Sk]; key_lengths [B]; out [B, Hq, Sq, D], laid out in memory
+as q by torch's kernel, [B, Hq, Sq, D] by Triton's, and [B, Sq, Hq, D] by the others; lse [B, Hq, Sq].
 Causal is aligned bottom-right: query i attends to key j when j <= i + Sk - Sq.
 
 Ways: triton (attention_triton.py) on CUDA; torch: the CPU flash kernel inside torch, called on
