@@ -7,7 +7,7 @@ Source: Dao et al. 2022 and Dao 2023 (FlashAttention); Milakov and Gimelshein 20
 
 Shapes: q [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]; Hq = G * Hkv, query head h reads key head h // G;
 mask 4-D, broadcasting to [B, Hq, Sq, Sk]; key_lengths [B]; out [B, Hq, Sq, D], laid out in memory
-as q by torch's kernel, [B, Hq, Sq, D] by Triton's, and [B, Sq, Hq, D] by the others; lse [B, Hq, Sq].
+as q by torch's kernel, [B, Hq, Sq, D] by Triton's, [B, Sq, Hq, D] by the others; lse [B, Hq, Sq].
 Causal is aligned bottom-right: query i attends to key j when j <= i + Sk - Sq.
 
 Ways: triton (attention_triton.py) on CUDA; torch: the CPU flash kernel inside torch, called on
