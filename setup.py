@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         "AVX2": ["-mavx2", "-mfma", "-mf16c"],
         "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c".split(),
     }
+# csrc/X_op.cpp is compiled once; csrc/X.cpp, its kernels, once for each capability.
+OPS = sorted(Path("csrc").glob("*_op.cpp"))
+CPU_KERNELS = [str(op).replace("_op.cpp", ".cpp") for op in OPS]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # GCC 12 calls its own AVX-512 intrinsics uninitialised.
 CXX_FLAGS = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized", *OPENMP]
@@ -75,7 +79,7 @@ def native_extension(required: bool) -> dict[str, Any]:
         raise OSError(f"there is no C++ compiler: {compiler} is not on PATH")
 
     class BuildNative(BuildExtension):
-        """Adds csrc/softmax.cpp to the extension once per CPU capability."""
+        """Adds the CPU kernels to the extension, once per CPU capability."""
 
         def build_extensions(self) -> None:
             try:
@@ -86,37 +90,42 @@ def native_extension(required: bool) -> dict[str, Any]:
                 shout(f"the native extension did not compile and is left out: {error}")
 
         def build_extension(self, ext: Extension) -> None:
-            # After ops.cpp and in this order: of an inline function in several objects the linker
+            # After the ops and in this order: of an inline function in several objects the linker
             # keeps the first, which must not be one for a CPU that may not be there.
-            ext.extra_objects = [
-                self.compile(ext, name, flags) for name, flags in CAPABILITIES.items()
-            ]
+            jobs = [(ext, name, kernel) for name in CAPABILITIES for kernel in CPU_KERNELS]
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+                ext.extra_objects = list(pool.map(self.compile, *zip(*jobs, strict=True)))
             super().build_extension(ext)
 
-        def compile(self, ext: Extension, capability: str, flags: list[str]) -> str:
-            define = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-            [compiled] = self.compiler.compile(
-                ["csrc/softmax.cpp"],
-                output_dir=str(Path(self.build_temp, capability)),
-                include_dirs=ext.include_dirs,
-                extra_postargs=[*CXX_FLAGS, *flags, *define],
-                depends=ext.depends,
-            )
+        def compile(self, ext: Extension, capability: str, kernel: str) -> str:
+            folder = Path(self.build_temp, capability)
+            compiled = folder / Path(kernel).with_suffix(".o")
+            newest = max(os.path.getmtime(f) for f in (kernel, "setup.py", *ext.depends))
+            if not compiled.exists() or compiled.stat().st_mtime < newest:
+                define = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+                self.compiler.compile(
+                    [kernel],
+                    output_dir=str(folder),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*cxx, *CAPABILITIES[capability], *define],
+                    depends=ext.depends,
+                )
             return str(compiled)
 
-    cxx, sources, kind = list(CXX_FLAGS), ["csrc/ops.cpp"], CppExtension
+    cxx, kind = list(CXX_FLAGS), CppExtension
+    sources = ["csrc/ops.cpp", *map(str, OPS)]
     if "AVX2" in CAPABILITIES:
         cxx.append("-DTILEWISE_WITH_X86")
     nvcc: list[str] = []
     if cuda := cuda_build(torch.version.cuda):
         nvcc, built_for = cuda
         cxx += ["-DTILEWISE_WITH_CUDA", f'-DTILEWISE_CUDA_ARCHITECTURES="{built_for}"']
-        sources.append("csrc/softmax.cu")
+        sources += sorted(str(file) for file in Path("csrc").glob("*.cu"))
         kind = CUDAExtension
     extension = kind(
         NAME,
         sources,
-        depends=["csrc/softmax.h", "csrc/checks.h"],
+        depends=sorted(str(file) for file in Path("csrc").glob("*.h")),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=OPENMP,
         optional=not required,

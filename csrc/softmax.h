@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "capability.h"
+
 #ifdef __CUDACC__
 #define TILEWISE_HOST_DEVICE __host__ __device__
 #else
@@ -78,19 +80,10 @@ static inline TILEWISE_HOST_DEVICE int64_t attended(const SoftmaxForward& args, 
   return last < 0 ? 0 : last + 1;
 }
 
-// One copy per CPU capability, from the same source; ops.cpp picks one at run time.
-namespace DEFAULT {
-void softmax_forward(const SoftmaxForward& args);
-void softmax_backward(const SoftmaxBackward& args);
-}  // namespace DEFAULT
-namespace AVX2 {
-void softmax_forward(const SoftmaxForward& args);
-void softmax_backward(const SoftmaxBackward& args);
-}  // namespace AVX2
-namespace AVX512 {
-void softmax_forward(const SoftmaxForward& args);
-void softmax_backward(const SoftmaxBackward& args);
-}  // namespace AVX512
+TILEWISE_PER_CAPABILITY(
+  void softmax_forward(const SoftmaxForward& args);
+  void softmax_backward(const SoftmaxBackward& args);
+)
 
 // Launch on `stream` (a cudaStream_t) of the current device. x and grad have column stride 1.
 // Return null, or what CUDA said was wrong with the launch.

@@ -9,8 +9,9 @@ Triton is optional and slow to import, so a kernel file never imports it. It wri
     def scale_kernel(x_ptr, n, BLOCK: tl.constexpr): ...
 
 and its launcher calls `load(globals())` first: that imports triton, fills in `tl`, and replaces
-every @jit function of the file by the Triton kernel made from it. From then on the module looks
-as if triton had been imported at its top.
+every @jit function of the file by the Triton kernel made from it; those that the file imports from
+another are made there first. From then on the module looks as if triton had been imported at its
+top.
 """
 
 import importlib.util
@@ -47,7 +48,12 @@ def load(namespace: dict[str, Any]) -> None:
     namespace["tl"] = triton.language
     for name, value in list(namespace.items()):
         if isinstance(value, Pending):
-            namespace[name] = triton.jit(value.function)
+            home = value.function.__globals__
+            if home is namespace:
+                namespace[name] = triton.jit(value.function)
+            else:
+                load(home)
+                namespace[name] = home[value.function.__name__]
 
 
 def missing() -> str | None:

@@ -315,8 +315,11 @@ class Op:
             *inner, needs, _ = args
             gradients = self._run_backward(*args)
             first = next(arg for arg in inner if isinstance(arg, Tensor))
-            filled = tuple(first.new_empty(0) if g is None else g.contiguous() for g in gradients)
-            return filled if len(filled) > 1 else filled[0]
+            filled = [first.new_empty(0) if g is None else g.contiguous() for g in gradients]
+            for i, gradient in enumerate(filled):  # one tensor may serve two inputs, but a compiler
+                if any(gradient is other for other in filled[:i]):  # would reuse its memory
+                    filled[i] = gradient.clone()
+            return tuple(filled) if len(filled) > 1 else filled[0]
 
         def fake_backward(*args: Any) -> Any:
             *inner, needs, _ = args

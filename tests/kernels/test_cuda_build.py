@@ -40,12 +40,11 @@ def test_kernels_keep_to_their_registers(architecture: str, tmp_path: Path) -> N
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-def test_cuda_call_path_compiles_against_this_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*op*.cpp")), ids=lambda path: path.name)
+def test_cuda_call_path_compiles_against_this_torch(source: Path, tmp_path: Path) -> None:
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], str(CSRC)]
     command = ["c++", "-std=c++20", "-fsyntax-only", "-DTILEWISE_WITH_CUDA"]
     command += ['-DTILEWISE_CUDA_ARCHITECTURES="90"', "-DTORCH_EXTENSION_NAME=_C"]
     command += [flag for include in includes for flag in ("-isystem", include)]
-    done = subprocess.run(
-        [*command, str(CSRC / "ops.cpp")], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(source)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
