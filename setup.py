@@ -98,7 +98,7 @@ def native_extension(required: bool) -> dict[str, Any]:
             super().build_extension(ext)
 
         def compile(self, ext: Extension, capability: str, kernel: str) -> str:
-            folder = Path(self.build_temp, capability)
+            folder = Path(self.build_temp, capability, Path(kernel).stem)  # build.ninja lies there
             compiled = folder / Path(kernel).with_suffix(".o")
             newest = max(os.path.getmtime(f) for f in (kernel, "setup.py", *ext.depends))
             if not compiled.exists() or compiled.stat().st_mtime < newest:
