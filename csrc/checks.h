@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "floats.h"
+
 namespace tilewise {
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor,
@@ -41,6 +43,16 @@ inline void check_same_shape(const char* op, const char* name, const at::Tensor&
   TORCH_CHECK_VALUE(tensor.sizes() == other.sizes(), op, ": ", name, " has shape ",
                     tensor.sizes(), " but ", other_name, " has ", other.sizes(),
                     "; they must be equal.");
+}
+
+// The kernels' name for a tensor's dtype, which check_dtype has seen.
+inline Float float_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return Float::f64;
+    case at::kBFloat16: return Float::bf16;
+    case at::kHalf: return Float::f16;
+    default: return Float::f32;
+  }
 }
 
 // Whether `tensor` broadcasts to exactly the shape of `target`.

@@ -11,29 +11,16 @@
 #include "softmax.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <c10/util/bit_cast.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <new>
-#include <type_traits>
+
+#include "vectors.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
-
-using at::vec::Vectorized;
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename A>
-constexpr int64_t kLanes = Vectorized<A>::size();
-
-// Work per task, in elements: below this a second thread costs more than it gives.
-constexpr int64_t kGrain = 8192;
 
 // ---- rows -------------------------------------------------------------------------------------
 
@@ -52,47 +39,6 @@ class RowBuffer {
   static constexpr std::align_val_t kAlignment{64};
   A* data_;
 };
-
-template <typename T, typename A = Accumulate<T>>
-Vectorized<A> read(const T* from) {
-  if constexpr (std::is_same_v<T, A>) {
-    return Vectorized<A>::loadu(from);
-  } else {
-    Vectorized<float> value;
-    at::vec::load_to_float<T>(from, value);
-    return value;
-  }
-}
-
-template <typename T, typename A = Accumulate<T>>
-void write(T* to, const Vectorized<A>& value) {
-  if constexpr (std::is_same_v<T, A>) {
-    value.store(to);
-  } else {
-    at::vec::convert_from_float<T>(value, value).store(to, kLanes<A>);
-  }
-}
-
-// The first `count` lanes; the others are zero.
-template <typename T>
-auto read(const T* from, int64_t count) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    return Vectorized<T>::loadu(from, count);
-  } else {
-    T lanes[kLanes<float>] = {};
-    std::memcpy(lanes, from, count * sizeof(T));
-    return read(lanes);
-  }
-}
-
-template <typename T, typename A>
-void write(T* to, const Vectorized<A>& value, int64_t count) {
-  if constexpr (std::is_same_v<T, A>) {
-    value.store(to, count);
-  } else {
-    at::vec::convert_from_float<T>(value, value).store(to, count);
-  }
-}
 
 // A row with column stride 1: `row` itself, or a copy in `gathered`.
 template <typename T>
@@ -303,21 +249,11 @@ void backward(const SoftmaxBackward& args) {
 }  // namespace
 
 void softmax_forward(const SoftmaxForward& args) {
-  switch (args.dtype) {
-    case Float::f32: return forward<float>(args);
-    case Float::f64: return forward<double>(args);
-    case Float::bf16: return forward<c10::BFloat16>(args);
-    case Float::f16: return forward<c10::Half>(args);
-  }
+  with_type(args.dtype, [&](auto type) { forward<decltype(type)>(args); });
 }
 
 void softmax_backward(const SoftmaxBackward& args) {
-  switch (args.dtype) {
-    case Float::f32: return backward<float>(args);
-    case Float::f64: return backward<double>(args);
-    case Float::bf16: return backward<c10::BFloat16>(args);
-    case Float::f16: return backward<c10::Half>(args);
-  }
+  with_type(args.dtype, [&](auto type) { backward<decltype(type)>(args); });
 }
 
 }  // namespace tilewise::CPU_CAPABILITY

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "floats.h"
 
 #ifdef __CUDACC__
 #define TILEWISE_HOST_DEVICE __host__ __device__
@@ -17,7 +18,6 @@
 
 namespace tilewise {
 
-enum class Float { f32, f64, bf16, f16 };
 enum class Mask { none, boolean, f32, same_as_x };  // boolean: true = attend; float: added
 
 constexpr int kMaxOuterDims = 16;

@@ -24,15 +24,6 @@ using at::Tensor;
 
 // ---- from tensors to kernel arguments ---------------------------------------------------------
 
-Float float_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble: return Float::f64;
-    case at::kBFloat16: return Float::bf16;
-    case at::kHalf: return Float::f16;
-    default: return Float::f32;
-  }
-}
-
 Mask mask_kind_of(const std::optional<Tensor>& mask, const Tensor& x) {
   if (!mask) return Mask::none;
   if (mask->scalar_type() == at::kBool) return Mask::boolean;
