@@ -41,6 +41,7 @@ MODULES = [
     "tilewise_kernels.attention_triton",
     "tilewise_kernels.layer_norm_triton",
     "tilewise_kernels.linear_act_triton",
+    "tilewise_kernels.rotary_triton",
 ]
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program has
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}

@@ -5,6 +5,7 @@ from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
 from .op import explain, force, record
+from .rotary import rotary
 from .softmax import softmax
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "record",
+    "rotary",
     "softmax",
 ]

@@ -232,3 +232,21 @@ def linear_config(capability: int, dtype: torch.dtype, K: int) -> LinearConfig:
     if dtype == torch.float32:
         return table["float32"]
     return table["half, ragged" if K % table["half"].block_k else "half"]
+
+
+# -- rotary --------------------------------------------------------------------------------------
+
+
+class RotaryConfig(NamedTuple):
+    """Tokens of a tile, heads that a program turns one after another, and warps."""
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+def rotary_config(tokens: int, width: int) -> RotaryConfig:
+    """The tile for sequences of `tokens` and rows of `width` columns: at most 4096 elements, so
+    that a thread holds 32 of them."""
+    most = max(1, 1 << (4096 // width).bit_length() - 1)
+    return RotaryConfig(min(most, 1 << max(tokens - 1, 0).bit_length()), 4, 4)

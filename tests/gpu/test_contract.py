@@ -21,13 +21,22 @@ from tilewise_kernels import (
     force,
     layer_norm,
     linear_act,
+    rotary,
     softmax,
 )
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 Sample = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
-OPS = ("softmax", "attention", "decode_attention", "layer_norm", "linear_act", "feed_forward")
+OPS = (
+    "softmax",
+    "attention",
+    "decode_attention",
+    "layer_norm",
+    "linear_act",
+    "feed_forward",
+    "rotary",
+)
 # On a GPU; None: either of two ways, by the shape.
 EXPECTED = {
     "softmax": "native",
@@ -36,6 +45,7 @@ EXPECTED = {
     "layer_norm": "triton",
     "linear_act": None,
     "feed_forward": None,
+    "rotary": "triton",
 }
 
 
@@ -63,6 +73,10 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
         if op == "layer_norm":
             tensors = {"x": normal(rows, wide), "residual": normal(rows, wide)}
             return layer_norm, tensors | {"weight": normal(wide), "bias": normal(wide)}, {}
+        if op == "rotary":
+            angles = draw(2, s, 32)
+            options = {"cos": angles.cos(), "sin": angles.sin()}
+            return turned, {"q": normal(2, 4, s, 64), "k": normal(2, 2, s, 64)}, options
         x, w1, b1 = normal(rows, wide), normal(2 * wide, wide, std=wide**-0.5), normal(2 * wide)
         if op == "linear_act":
             return linear_act, {"x": x, "weight": w1, "bias": b1}, {}
@@ -70,6 +84,11 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
         return feed_forward, {"x": x, "w1": w1, "b1": b1} | second, {}
 
     return make
+
+
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Both results of rotary in one tensor."""
+    return torch.cat(rotary(q, k, cos, sin), 1)
 
 
 def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -245,7 +264,7 @@ def test_fifty_repeats_are_bit_equal(op: str, sample, pick) -> None:
 def test_empty_inputs_launch_nothing(op: str, sample) -> None:
     function, tensors, options = sample(op)
     first = next(iter(tensors))
-    if op in ("attention", "decode_attention"):
+    if op in ("attention", "decode_attention", "rotary"):
         tensors = {name: t[:0] for name, t in tensors.items()}
         options = {n: o[:0] if isinstance(o, Tensor) else o for n, o in options.items()}
     elif op == "layer_norm":

@@ -24,6 +24,7 @@ from tilewise_kernels import (
     force,
     layer_norm,
     linear_act,
+    rotary,
     softmax,
 )
 
@@ -149,6 +150,15 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(feed_forward, "no biases, relu", weights, no_biases)
     yield Sample(feed_forward, "gate", two_layers(3) | {"gate": normal(6, 4)})
 
+    turns = {"cos": torch.tensor([[0.6, -1.0]] * 3), "sin": torch.tensor([[0.8, 0.0]] * 3)}
+    per_token = {name: t[None].expand(2, 3, 2) for name, t in turns.items()}
+    yield Sample(rotary, "plain", {"q": normal(1, 2, 3, 4), "k": normal(1, 1, 3, 4)}, turns)
+    yield Sample(rotary, "empty", {"q": normal(0, 2, 3, 4), "k": normal(0, 1, 3, 4)}, turns)
+    yield Sample(rotary, "strided, part", {"q": strided(1, 2, 3, 5), "k": strided(1, 1, 3, 5)},
+                 turns)  # fmt: skip
+    yield Sample(rotary, "per token, pairs", {"q": normal(2, 1, 3, 4), "k": normal(2, 1, 3, 4)},
+                 per_token | {"interleaved": True})  # fmt: skip
+
 
 def at_length(function: Callable[..., Any], n: int) -> Sample:
     """A call whose length is n, for compiling one graph for several lengths."""
@@ -181,6 +191,9 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
         return Sample(
             linear_act, "", {"x": normal(2, n, 8), "weight": normal(6, 8), "bias": normal(6)}
         )
+    if function is rotary:
+        tensors = {"q": normal(2, 4, n, 8), "k": normal(2, 2, n, 8)}
+        return Sample(rotary, "", tensors, {"cos": normal(n, 3), "sin": normal(n, 3)})
     tensors = {"x": normal(2, n, 8), "w1": normal(6, 8), "w2": normal(4, 6)}
     return Sample(feed_forward, "", tensors, {"b1": None, "b2": None})
 
