@@ -15,7 +15,7 @@ Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_in
 import torch
 from torch import Tensor
 
-from .attention import flash_cpu, runs
+from .attention_cpu import flash_cpu, runs
 from .checks import (
     broadcasts,
     fail,

@@ -102,6 +102,13 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(attention, "key lengths, lse", qkv(2, 1, 3, 5, 4), lengths)
     yield Sample(attention, "bool mask", qkv(2, 2, 3, 5, 4), {"mask": bool_mask})
     yield Sample(attention, "mask over keys", qkv(2, 2, 3, 5, 4), {"mask": torch.ones(3, 1)})
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.25])}
+    yield Sample(attention, "bias, alibi, window",
+                 qkv(2, 1, 5, 3, 4, strided) | {"bias": normal(2, 1, 3)},
+                 slopes | {"window": (2, 1)})  # fmt: skip
+    yield Sample(attention, "bias, softcap, bool mask, narrow values",
+                 qkv(2, 2, 3, 5, 4) | {"v": normal(1, 2, 5, 3), "bias": normal(3, 1)},
+                 {"softcap": 2.0, "mask": bool_mask, "return_lse": True})  # fmt: skip
 
     def cached(rows: int, heads: int, sq: int, t: int, make=normal) -> dict[str, Tensor]:
         caches = {name: make(rows, 1, t, 4) for name in ("k_cache", "v_cache")}
@@ -175,7 +182,9 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
             "k": normal(2, 2, n + 1, 8),
             "v": normal(2, 2, n + 1, 8),
         }
-        return Sample(attention, "", tensors, {"causal": True, "key_lengths": torch.tensor([n, 3])})
+        tensors["bias"] = normal(4, n, n + 1)
+        options = {"causal": True, "key_lengths": torch.tensor([n, 3]), "window": (4, 0)}
+        return Sample(attention, "", tensors, options | {"alibi_slopes": torch.tensor([0.5] * 4)})
     if function is decode_attention:
         tensors = {
             "q": normal(2, 4, 1, 8),

@@ -1,0 +1,299 @@
+"""Attention on the CPU through the flash kernel inside torch, on pieces that it can express.
+
+The kernel takes an additive mask of any strides (the keys' one and 0 apart), and a causal limit
+that starts in the top left corner. What else depends on the position of a key relative to its query
+(a window, a causal limit elsewhere, ALiBi) is one number per distance: a line of Sq + Sk - 1
+numbers. With the queries in reverse order, element (i, j) of such a mask is line[i + j + constant]:
+a view of the line with strides (1, 1), so that no [Sq, Sk] tensor is written. Such calls are cut in
+blocks of rows, each with only the keys that it may see.
+
+Shapes as in attention.py. A term is an additive mask that broadcasts to [B, Hq, Sq, Sk].
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_blocked import (
+    NO_GRADIENT,
+    Scoring,
+    blocked_backward,
+    empty_output,
+    part,
+    zero_padding,
+)
+from .op import accumulator
+
+BLOCK_ROWS = 128  # of queries, where a causal limit or a window bounds the keys they see
+
+flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
+    """Why the kernel cannot take a call."""
+    how = Scoring(*scoring)
+    if how.softcap:
+        return "its kernel has no softcap"
+    if how.dropout_p:
+        return "its kernel has no dropout that a seed governs"
+    for name, term in (("mask", how.mask), ("bias", how.bias)):
+        if term is not None and term.shape[3] != k.shape[2]:
+            return f"its kernel cannot read a {name} that is broadcast over keys"
+    if q.shape[3] == 0 and v.shape[3]:
+        return "its kernel needs a head dim"
+    return None
+
+
+# -- what the kernel is given --------------------------------------------------------------------
+
+
+class _Operands(NamedTuple):
+    """Keys and values once per query head, all of one width, and what is added to the scores."""
+
+    k: Tensor
+    v: Tensor
+    terms: list[Tensor]
+    line: Tensor | None  # [1 or Hq, Sq + Sk - 1]; then the queries are to be given in reverse
+    causal: bool  # left to the kernel
+    lengths: list[int] | None  # by which to cut the batch
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> _Operands:
+    """Short padded keys become a term: one call for the whole batch. Long ones, and those under
+    masks that differ by query, are cut per batch item instead, which computes no padding at all.
+    """
+    sq, sk, lengths = q.shape[2], k.shape[2], None
+    terms = [_additive(_stored(t), q) for t in (how.mask, how.bias) if t is not None]
+    relative = how.left >= 0 or how.right >= 0 or how.alibi_slopes is not None
+    causal = how.right == 0 and how.left < 0 and sq == sk and how.alibi_slopes is None
+    if how.key_lengths is not None:
+        if sk >= 512 or (relative and not causal) or any(t.shape[2] > 1 for t in terms):
+            lengths = [min(max(int(n), 0), sk) for n in how.key_lengths.tolist()]
+        else:
+            k, v = zero_padding(k, how.key_lengths), zero_padding(v, how.key_lengths)
+            terms.append(_additive((torch.arange(sk) < how.key_lengths[:, None])[:, None, None], q))
+    if len(terms) > 1 and all(t.shape[2] == 1 for t in terms):
+        terms = [sum(terms[1:], terms[0])]
+    line = None
+    if len(terms) > 1 or (relative and not causal):
+        line, causal = _line(q, sk, how), False
+    width, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
+    k, v = (_per_query_head(_widened(t, width), group) for t in (k, v))
+    return _Operands(k, v, terms, line, causal, lengths)
+
+
+def _stored(term: Tensor) -> Tensor:
+    """The term as it was before it was expanded: stride-0 dims but the keys become length 1."""
+    for dim in range(3):
+        if term.stride(dim) == 0 and term.shape[dim] > 1:
+            term = term.narrow(dim, 0, 1)
+    return term
+
+
+def _additive(term: Tensor, q: Tensor) -> Tensor:
+    dtype = accumulator(q.dtype)
+    if term.dtype != torch.bool:
+        return term.to(dtype)
+    return torch.zeros(term.shape, dtype=dtype).masked_fill_(~term, -torch.inf)
+
+
+def _line(q: Tensor, sk: int, how: Scoring) -> Tensor:
+    """What is added to a score for the key's distance from its query, 1 - Sk to Sq - 1."""
+    distance = torch.arange(1 - sk, q.shape[2], dtype=accumulator(q.dtype))
+    line = torch.zeros_like(distance)[None]
+    if how.alibi_slopes is not None:
+        line = -how.alibi_slopes.to(line.dtype)[:, None] * distance.abs()
+    if how.left >= 0:
+        line.masked_fill_(distance < -how.left, -torch.inf)
+    if how.right >= 0:
+        line.masked_fill_(distance > how.right, -torch.inf)
+    return line
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """x padded with zeros to a head dim of `width`, and its last dim's stride 1."""
+    if x.shape[3] < width:
+        return F.pad(x, (0, width - x.shape[3]))
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _per_query_head(keys: Tensor, group: int) -> Tensor:
+    """k or v once for each query head: the kernel pairs heads."""
+    return keys if group == 1 else keys.repeat_interleave(group, 1)
+
+
+def _per_key_head(gradient: Tensor, heads: int) -> Tensor:
+    """Gradients of repeated keys added up, in float32 or wider."""
+    if gradient.shape[1] == heads:
+        return gradient
+    wide = gradient.to(accumulator(gradient.dtype)).unflatten(1, (heads, -1))
+    return wide.sum(2).to(gradient.dtype)
+
+
+# -- pieces --------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """One call of the kernel; its rows meet no other keys than these."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.batch, slice(None), self.rows
+
+    @property
+    def context(self) -> tuple[slice, slice, slice]:
+        return self.batch, slice(None), self.keys
+
+
+def _pieces(q: Tensor, given: _Operands, how: Scoring) -> Iterator[_Piece]:
+    b, sq, sk = q.shape[0], q.shape[2], given.k.shape[2]
+    bounded = how.left >= 0 or how.right >= 0 or len(given.terms) > 1
+    block = BLOCK_ROWS if given.line is not None and bounded else max(sq, 1)
+    for batch, length in [(slice(0, b), sk)] if given.lengths is None else runs(given.lengths):
+        for start in range(0, sq, block):
+            rows = slice(start, min(start + block, sq))
+            keys = slice(0, sk) if given.line is None else how.span(rows, sq, sk)
+            keys = slice(keys.start, min(keys.stop, length))
+            if keys.start < keys.stop and q.numel():
+                yield _Piece(batch, rows, keys)
+
+
+def runs(lengths: list[int]) -> list[tuple[slice, int]]:
+    """Consecutive batch items of equal length, as (items, length)."""
+    runs: list[tuple[slice, int]] = []
+    for i, length in enumerate(lengths):
+        if runs and runs[-1][1] == length:
+            runs[-1] = (slice(runs[-1][0].start, i + 1), length)
+        else:
+            runs.append((slice(i, i + 1), length))
+    return runs
+
+
+def _mask(given: _Operands, piece: _Piece, sq: int, sk: int) -> Tensor | None:
+    """The additive mask of a piece, its rows in reverse where there is a line."""
+    terms = [part(t, piece.rows, piece.keys, piece.batch) for t in given.terms]
+    if given.line is None:
+        return terms[0] if terms else None
+    rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+    heads, length = given.line.shape
+    first = sq - piece.rows.stop + piece.keys.start
+    mask = given.line.as_strided((1, heads, rows, keys), (0, length, 1, 1), first)
+    for term in terms:
+        mask = mask + (term if term.shape[2] == 1 else term.flip(2))
+    return mask
+
+
+def _dead(mask: Tensor, rows: int, causal: bool) -> Tensor:
+    """Rows without a key, broadcastable to [B, Hq, rows]."""
+    if not causal:
+        return mask.amax(-1) == -torch.inf
+    attended = mask > -torch.inf
+    first = attended.to(torch.uint8).argmax(-1)  # the first attended key, if there is one
+    return ~attended.any(-1) | (first > torch.arange(rows))
+
+
+# -- forward and backward ------------------------------------------------------------------------
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of canonical arguments."""
+    how = Scoring(*scoring)
+    if how.scale < 0:  # the kernel's running maximum assumes that scaling keeps the order of scores
+        return forward(-q, k, v, *how._replace(scale=-how.scale))
+    sq, sk, head_dim = q.shape[2], k.shape[2], v.shape[3]
+    how = how.settled(sq, sk)
+    given = _operands(q, k, v, how)
+    q = _widened(q, given.k.shape[3])
+    if _one_call(q, given):
+        out, lse = _flash(q, given.k, given.v, given, next(iter(given.terms), None), how.scale)
+        return out[..., :head_dim] if out.shape[3] > head_dim else out, lse
+    out = empty_output(q, head_dim).zero_()
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
+    for piece in _pieces(q, given, how):
+        at, keys = piece.queries, piece.context
+        mask = _mask(given, piece, sq, sk)
+        found = _flash(_turned(q[at], given), given.k[keys], given.v[keys], given, mask, how.scale)
+        share, lse[at] = (_turned(t, given) for t in found)
+        out[at] = share[..., :head_dim]
+    return out, lse
+
+
+def _one_call(q: Tensor, given: _Operands) -> bool:
+    return given.line is None and given.lengths is None and q.numel() > 0 and given.k.numel() > 0
+
+
+def _turned(x: Tensor, given: _Operands) -> Tensor:
+    """x with its rows in reverse where there is a line."""
+    return x if given.line is None else x.flip(2)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, given: _Operands, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One call of the kernel. It writes lse 0 for rows with no key; ours is -inf."""
+    out, lse = flash_cpu(q, k, v, 0.0, given.causal, attn_mask=mask, scale=scale)
+    if mask is not None:
+        alike = mask if given.terms else mask[:, :1]  # a line hides the same keys from every head
+        lse = lse.masked_fill(_dead(alike, q.shape[2], given.causal), -torch.inf)
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """rest: Scoring's fields, then needs. dbias comes from the blocked way, the rest from pieces:
+    with the whole row's out and lse each piece gives its exact share of the gradients.
+    """
+    *scoring, needs = rest
+    dbias = None
+    if needs[3]:
+        only = [False, False, False, True]
+        dbias = blocked_backward(grad, q, k, v, out, lse, *scoring, only)[3]
+    if not any(needs[:3]):
+        return None, None, None, dbias
+    return *_backward_qkv(grad, q, k, v, out, lse, Scoring(*scoring)), dbias
+
+
+def _backward_qkv(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    if how.scale < 0:
+        how = how._replace(scale=-how.scale)
+        dq, dk, dv = _backward_qkv(grad, -q, k, v, out, lse, how)
+        return -dq, dk, dv
+    (sq, d), (hkv, sk, head_dim) = q.shape[2:], v.shape[1:]
+    how = how.settled(sq, sk)
+    given = _operands(q, k, v, how)
+    width = given.k.shape[3]
+    grad = grad.contiguous() if 0 in grad.stride() else grad
+    q, out, grad = (_widened(t, width) for t in (q, out, grad))
+    if given.terms or given.line is not None or given.lengths is not None:  # there may be dead rows
+        lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
+    if _one_call(q, given):
+        mask = next(iter(given.terms), None)
+        dq, dk, dv = flash_cpu_backward(
+            grad, q, given.k, given.v, out, lse, 0.0, given.causal, attn_mask=mask, scale=how.scale
+        )
+    else:
+        dq, dk, dv = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, given.k, given.v))
+        for piece in _pieces(q, given, how):
+            at, keys = piece.queries, piece.context
+            rows = (_turned(t[at], given) for t in (grad, q, out, lse))
+            g, q_rows, out_rows, lse_rows = rows
+            share, dk_share, dv_share = flash_cpu_backward(
+                g, q_rows, given.k[keys], given.v[keys], out_rows, lse_rows.contiguous(), 0.0,
+                given.causal, attn_mask=_mask(given, piece, sq, sk), scale=how.scale,
+            )  # fmt: skip
+            dq[at] = _turned(share, given)
+            dk[keys] += dk_share
+            dv[keys] += dv_share
+    dk, dv = (_per_key_head(t, hkv).to(k.dtype) for t in (dk[..., :d], dv[..., :head_dim]))
+    return dq[..., :d].to(q.dtype), dk, dv
