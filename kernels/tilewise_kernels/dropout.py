@@ -43,10 +43,18 @@ def scale(p: float) -> float:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser, on 32-bit numbers held in int64 (a product wraps, its low half is exact)."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK32
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK32
-    return x ^ (x >> 16)
+    """The finaliser on 32-bit numbers held in int32 (products wrap); overwrites and returns x."""
+    x ^= _shifted(x, 16)
+    x *= 0x85EBCA6B - 2**32
+    x ^= _shifted(x, 13)
+    x *= 0xC2B2AE35 - 2**32
+    x ^= _shifted(x, 16)
+    return x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x shifted right as an unsigned number."""
+    return (x >> bits).bitwise_and_(MASK32 >> bits)
 
 
 def kept(seed: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
@@ -55,9 +63,10 @@ def kept(seed: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     seed: int64 [1]. rows: int64 row numbers, columns: int64 column numbers below 2^32; they
     broadcast to the mask's shape. p: the probability of dropping, 0 to 1.
     """
-    low, high = seed & MASK32, (seed >> 32) & MASK32
-    mixed = _mix(_mix((rows & MASK32) ^ low) ^ ((rows >> 32) & MASK32) ^ high)
-    return (_mix(mixed ^ columns) >> 8) >= threshold(p)
+    low = (rows ^ seed).to(torch.int32)  # a cast keeps the low half
+    high = ((rows ^ seed) >> 32).to(torch.int32)
+    mixed = _mix(_mix(low) ^ high)
+    return _shifted(_mix(mixed ^ columns.to(torch.int32)), 8) >= threshold(p)
 
 
 @jit
