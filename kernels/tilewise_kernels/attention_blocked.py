@@ -3,10 +3,11 @@
     S = scale q k^T;  S = softcap tanh(S / softcap);  S = S + bias + mask - slope_h |j - i'|
     P = softmax(S), 0 where hidden;  out = (P M / (1 - p)) v, M = dropout's kept elements
 
-with i' = i + Sk - Sq the key position of query i. Memory: out, lse and a block of BLOCK_ROWS rows
-of scores. A block reads only the keys that causality, window and key_lengths leave to its rows.
+with i' = i + Sk - Sq the key position of query i. Memory: out, lse and one block of scores: at most
+BLOCK_ROWS rows, on a CPU of as few heads as fill its cache. A block reads only the keys that
+causality, window and key_lengths leave to its rows.
 
-Shapes as in attention.py; besides, a block of scores is [B, Hq, rows, keys].
+Shapes as in attention.py; below, [b, h, rows, keys] are the sizes of a block of scores.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from . import dropout
 from .op import accumulator
 
 BLOCK_ROWS = 128  # rows of scores that are held at a time
+CPU_BLOCK = 2**18  # scores; 1 MiB of float32 (measured: 2^17 to 2^19 alike, all heads 1.3x slower)
 # Rows with a smaller lse have no gradient: they have no key (-inf), or every key carries a finite
 # mask so large (finfo.min) that float32 cannot tell the lse from the mask. The same in every way.
 NO_GRADIENT = -1e30
@@ -64,6 +66,32 @@ class Scoring(NamedTuple):
         return slice(first, max(first, last))
 
 
+class Block(NamedTuple):
+    """A region of the scores."""
+
+    batch: slice
+    heads: slice
+    """of q"""
+    key_heads: slice
+    rows: slice
+    keys: slice
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        """Where its queries lie in q, out and lse."""
+        return self.batch, self.heads, self.rows
+
+    @property
+    def context(self) -> tuple[slice, slice, slice]:
+        """Where its keys lie in k and v."""
+        return self.batch, self.key_heads, self.keys
+
+    def of(self, term: Tensor) -> Tensor:
+        """The same region of a term that broadcasts to [B, Hq, Sq, Sk]."""
+        at = (self.batch, self.heads, self.rows, self.keys)
+        return term[tuple(s if n > 1 else slice(None) for s, n in zip(at, term.shape, strict=True))]
+
+
 def empty_output(q: Tensor, head_dim: int) -> Tensor:
     """[B, Hq, Sq, head_dim] that merges its heads without a copy."""
     b, hq, sq, _ = q.shape
@@ -78,74 +106,66 @@ def zero_padding(keys: Tensor, key_lengths: Tensor | None) -> Tensor:
     return keys.masked_fill(past[:, None, :, None], 0)
 
 
-def part(term: Tensor, rows: slice, keys: slice, batch: slice = slice(None)) -> Tensor:
-    """A region of a term that broadcasts to [B, Hq, Sq, Sk]."""
-    at = (batch, slice(None), rows, keys)
-    return term[tuple(s if n > 1 else slice(None) for s, n in zip(at, term.shape, strict=True))]
+def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
+    """[b, h, n, w] as [b, key heads, G n, w]: the queries that read one key head, in one matrix."""
+    return x.unflatten(1, (key_heads, -1)).flatten(2, 3)
 
 
-def _by_key_head(x: Tensor, hkv: int) -> Tensor:
-    """[B, Hq, n, w] as [B, Hkv, G n, w]: the queries that read one key head, in one matrix."""
-    return x.unflatten(1, (hkv, -1)).flatten(2, 3)
-
-
-def _products(q: Tensor, k: Tensor, how: Scoring, rows: slice, keys: slice) -> Tensor:
-    """scale q k^T, capped."""
-    grouped = _by_key_head(q[:, :, rows].to(k.dtype) * how.scale, k.shape[1])
-    scores = grouped @ k[:, :, keys].mT
-    scores = scores.view(*q.shape[:2], rows.stop - rows.start, keys.stop - keys.start)
+def _products(q: Tensor, k: Tensor, how: Scoring) -> Tensor:
+    """scale q k^T, capped, of a block's queries and keys."""
+    scores = _by_key_head(q * how.scale, k.shape[1]) @ k.mT
     if how.softcap:
         scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
-    return scores
+    return scores.view(*q.shape[:3], k.shape[2])
 
 
-def _hide(scores: Tensor, how: Scoring, rows: slice, keys: slice, shift: int) -> Tensor:
+def _hide(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor:
     """Add bias, float mask and ALiBi to scores, and -inf where a key is hidden, in place."""
     for term in (how.bias, how.mask):
         if term is not None and term.dtype == torch.bool:
-            scores.masked_fill_(~part(term, rows, keys), -torch.inf)
+            scores.masked_fill_(~at.of(term), -torch.inf)
         elif term is not None:
-            scores += part(term, rows, keys)
-    key_at = torch.arange(keys.start, keys.stop, device=scores.device)
-    query_at = torch.arange(rows.start, rows.stop, device=scores.device)[:, None] + shift
+            scores += at.of(term)
+    key_at = torch.arange(at.keys.start, at.keys.stop, device=scores.device)
+    query_at = torch.arange(at.rows.start, at.rows.stop, device=scores.device)[:, None] + shift
     if how.alibi_slopes is not None:
-        slopes = how.alibi_slopes.to(scores.dtype)[:, None, None]
-        scores -= slopes * (key_at - query_at).abs()
+        slopes = how.alibi_slopes[at.heads].to(scores.dtype)[:, None, None]
+        scores -= slopes * (key_at - query_at).abs().to(scores.dtype)
     if how.left >= 0:
         scores.masked_fill_(key_at < query_at - how.left, -torch.inf)
     if how.right >= 0:
         scores.masked_fill_(key_at > query_at + how.right, -torch.inf)
     if how.key_lengths is not None:
-        past = key_at >= how.key_lengths[:, None]
+        past = key_at >= how.key_lengths[at.batch, None]
         scores.masked_fill_(past[:, None, None], -torch.inf)
     return scores
 
 
-def _kept(how: Scoring, p: Tensor, rows: slice, keys: slice, sq: int) -> Tensor:
-    """Dropout's bool mask for a block p of probabilities."""
+def _kept(how: Scoring, at: Block, q: Tensor) -> Tensor:
+    """Dropout's bool mask for a block: [b, h, rows, keys]."""
     assert how.seed is not None
-    heads = torch.arange(p.shape[0] * p.shape[1], device=p.device).view(*p.shape[:2], 1, 1)
-    row = heads * sq + torch.arange(rows.start, rows.stop, device=p.device)[:, None]
-    column = torch.arange(keys.start, keys.stop, device=p.device)
-    return dropout.kept(how.seed, row, column, how.dropout_p)
+    (_, hq, sq, _), device = q.shape, q.device
+    batch, head, row, key = (
+        torch.arange(s.start, s.stop, device=device) for s in (at.batch, at.heads, at.rows, at.keys)
+    )
+    rows = ((batch[:, None] * hq + head)[..., None] * sq + row)[..., None]
+    return dropout.kept(how.seed, rows, key, how.dropout_p)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, how: Scoring, rows: slice, keys: slice
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the query rows `rows`, in the accumulator's dtype, which k and v have."""
-    if keys.start == keys.stop:
-        shape = (*q.shape[:2], rows.stop - rows.start)
-        return v.new_zeros(*shape, v.shape[3]), v.new_full(shape, -torch.inf)
-    sq, sk = q.shape[2], k.shape[2]
-    scores = _hide(_products(q, k, how, rows, keys), how, rows, keys, sk - sq)
+def _attend(q: Tensor, k: Tensor, v: Tensor, how: Scoring, at: Block) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a block, in the accumulator's dtype, which k and v have."""
+    rows, keys = q[at.queries].to(k.dtype), k[at.context]
+    if keys.shape[2] == 0:
+        lse = rows.new_full(rows.shape[:3], -torch.inf)
+        return rows.new_zeros(*lse.shape, v.shape[3]), lse
+    scores = _hide(_products(rows, keys, how), how, at, k.shape[2] - q.shape[2])
     peak = scores.amax(-1)
     # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
     p = torch.softmax(scores, -1)
     lse = peak - torch.log(p.amax(-1))  # at the peak P is 1 / sum(exp(scores - peak))
     if how.dropout_p:
-        p *= _kept(how, p, rows, keys, sq)
-    out = (_by_key_head(p, k.shape[1]) @ v[:, :, keys]).view(*p.shape[:3], v.shape[3])
+        p *= _kept(how, at, q)
+    out = (_by_key_head(p, keys.shape[1]) @ v[at.context]).view(*lse.shape, v.shape[3])
     if how.dropout_p:
         out *= dropout.scale(how.dropout_p)
     dead = peak == -torch.inf
@@ -160,80 +180,95 @@ def _wide(k: Tensor, v: Tensor, how: Scoring) -> tuple[Tensor, Tensor]:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
     """The definition with the whole score matrix in memory."""
-    (sq, sk), how = (q.shape[2], k.shape[2]), Scoring(*scoring)
+    (b, hq, sq, _), (hkv, sk) = q.shape, k.shape[1:3]
+    how = Scoring(*scoring)
     k, v = _wide(k, v, how)
     out = empty_output(q, v.shape[3])
-    block, lse = _attend(q, k, v, how.settled(sq, sk), slice(0, sq), slice(0, sk))
+    whole = Block(slice(0, b), slice(0, hq), slice(0, hkv), slice(0, sq), slice(0, sk))
+    block, lse = _attend(q, k, v, how.settled(sq, sk), whole)
     out.copy_(block)
     return out, lse
 
 
-def _blocks(how: Scoring, sq: int, sk: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of query rows, each with the keys that it may see."""
-    longest = sk
-    if how.key_lengths is not None and how.key_lengths.is_cpu and how.key_lengths.numel():
+def _blocks(q: Tensor, k: Tensor, how: Scoring) -> Iterator[Block]:
+    """The scores in blocks, each with the keys that its rows may see."""
+    (b, hq, sq, _), (hkv, sk) = q.shape, k.shape[1:3]
+    longest, group = sk, hq // hkv
+    if q.is_cpu and how.key_lengths is not None and b:
         longest = min(max(int(how.key_lengths.max()), 0), sk)
-    for start in range(0, sq, BLOCK_ROWS):
-        rows = slice(start, min(start + BLOCK_ROWS, sq))
+    for rows in cuts(sq, BLOCK_ROWS):
         keys = how.span(rows, sq, sk)
-        yield rows, slice(min(keys.start, longest), min(keys.stop, longest))
+        keys = slice(min(keys.start, longest), min(keys.stop, longest))
+        room = b * hkv
+        if q.is_cpu:  # in key heads
+            room = CPU_BLOCK // max(group * BLOCK_ROWS * (keys.stop - keys.start), 1)
+        for batch in cuts(b, room // hkv):
+            for heads in cuts(hkv, room):
+                queries = slice(heads.start * group, heads.stop * group)
+                yield Block(batch, queries, heads, rows, keys)
+
+
+def cuts(length: int, size: int) -> Iterator[slice]:
+    """0 to length in slices of `size`, or of 1 where that is 0."""
+    for start in range(0, length, max(size, 1)):
+        yield slice(start, min(start + max(size, 1), length))
 
 
 def blocked(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
-    """The definition, BLOCK_ROWS rows of scores at a time: memory linear in length."""
-    sq, sk = q.shape[2], k.shape[2]
-    how = Scoring(*scoring).settled(sq, sk)
+    """The definition, a block of scores at a time: memory linear in length."""
+    how = Scoring(*scoring).settled(q.shape[2], k.shape[2])
     k, v = _wide(k, v, how)
     out = empty_output(q, v.shape[3])
     lse = v.new_empty(q.shape[:3])
-    for rows, keys in _blocks(how, sq, sk):
-        out[:, :, rows], lse[:, :, rows] = _attend(q, k, v, how, rows, keys)
+    for at in _blocks(q, k, how):
+        out[at.queries], lse[at.queries] = _attend(q, k, v, how, at)
     return out, lse
 
 
 def blocked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """rest: Scoring's fields, then needs, which of dq, dk, dv, dbias to find. Per block of rows
+    """rest: Scoring's fields, then needs, which of dq, dk, dv, dbias to find. In each block
 
     dv = (P M')^T g, dP = M' g v^T, dS = P (dP - rowsum(P dP)), M' = M / (1 - p); dbias = dS;
     dT = scale dS (1 - (S / softcap)^2) with S before bias and masks; dq = dT k, dk = dT^T q.
     """
     *scoring, needs = rest
-    sq, sk, hkv = q.shape[2], k.shape[2], k.shape[1]
+    sq, sk = q.shape[2], k.shape[2]
     how = Scoring(*scoring).settled(sq, sk)
     k0, v0 = _wide(k, v, how)
-    dq = torch.zeros_like(q)
-    dk, dv = torch.zeros_like(k0), torch.zeros_like(v0)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k0), torch.zeros_like(v0)
     dbias = None if how.bias is None else how.bias.new_zeros(how.bias.shape, dtype=k0.dtype)
-    for rows, keys in _blocks(how, sq, sk):
-        if keys.start == keys.stop:
+    for at in _blocks(q, k0, how):
+        rows, keys, values = q[at.queries].to(k0.dtype), k0[at.context], v0[at.context]
+        if keys.shape[2] == 0:
             continue
-        scores = _products(q, k0, how, rows, keys)
+        scores = _products(rows, keys, how)
         slope = 1 - (scores / how.softcap).square_() if how.softcap else None
-        p = torch.softmax(_hide(scores, how, rows, keys, sk - sq), -1)
-        p.masked_fill_((lse[:, :, rows] < NO_GRADIENT)[..., None], 0)
-        g = _by_key_head(grad[:, :, rows].to(k0.dtype), hkv)
-        ds = (g @ v0[:, :, keys].mT).view(p.shape)
+        p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
+        p.masked_fill_((lse[at.queries] < NO_GRADIENT)[..., None], 0)
+        g = _by_key_head(grad[at.queries].to(k0.dtype), keys.shape[1])
+        ds = (g @ values.mT).view(p.shape)
         dropped = p
         if how.dropout_p:
-            kept = _kept(how, p, rows, keys, sq) * dropout.scale(how.dropout_p)
-            ds *= kept
+            kept = _kept(how, at, q)
             dropped = p * kept
+            g = g * dropout.scale(how.dropout_p)
+            ds.mul_(kept).mul_(dropout.scale(how.dropout_p))
         if needs[2]:
-            dv[:, :, keys] += _by_key_head(dropped, hkv).mT @ g
+            dv[at.context] += _by_key_head(dropped, keys.shape[1]).mT @ g
         ds -= (p * ds).sum(-1, keepdim=True)  # not from out and grad: exact where one key takes all
         ds *= p
         if dbias is not None and needs[3]:
-            region = part(dbias, rows, keys)
+            region = at.of(dbias)
             region += ds.sum_to_size(region.shape)
         if slope is not None:
             ds *= slope
-        ds = _by_key_head(ds, hkv)
+        ds = _by_key_head(ds, keys.shape[1])
         if needs[0]:
-            dq[:, :, rows] = ((ds @ k0[:, :, keys]) * how.scale).view(dq[:, :, rows].shape)
+            dq[at.queries] = ((ds @ keys) * how.scale).view(rows.shape)
         if needs[1]:
-            dk[:, :, keys] += ds.mT @ _by_key_head(q[:, :, rows].to(k0.dtype) * how.scale, hkv)
+            dk[at.context] += ds.mT @ _by_key_head(rows * how.scale, keys.shape[1])
     if how.bias is not None and dbias is not None:
         dbias = dbias.to(how.bias.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .attention_blocked import (
     NO_GRADIENT,
+    Block,
     Scoring,
     blocked_backward,
+    cuts,
     empty_output,
-    part,
     zero_padding,
 )
 from .op import accumulator
@@ -76,10 +77,8 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> _Operands:
         else:
             k, v = zero_padding(k, how.key_lengths), zero_padding(v, how.key_lengths)
             terms.append(_additive((torch.arange(sk) < how.key_lengths[:, None])[:, None, None], q))
-    if len(terms) > 1 and all(t.shape[2] == 1 for t in terms):
-        terms = [sum(terms[1:], terms[0])]
-    line = None
-    if len(terms) > 1 or (relative and not causal):
+    terms, line = _combined(terms), None
+    if relative and (len(terms) > 1 or not causal):
         line, causal = _line(q, sk, how), False
     width, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
     k, v = (_per_query_head(_widened(t, width), group) for t in (k, v))
@@ -99,6 +98,15 @@ def _additive(term: Tensor, q: Tensor) -> Tensor:
     if term.dtype != torch.bool:
         return term.to(dtype)
     return torch.zeros(term.shape, dtype=dtype).masked_fill_(~term, -torch.inf)
+
+
+def _combined(terms: list[Tensor]) -> list[Tensor]:
+    """One term in place of several where their sum is no larger than the largest of them."""
+    if len(terms) < 2:
+        return terms
+    shape = torch.broadcast_shapes(*(t.shape for t in terms))
+    small = shape.numel() <= max(t.numel() for t in terms)
+    return [sum(terms[1:], terms[0])] if small else terms
 
 
 def _line(q: Tensor, sk: int, how: Scoring) -> Tensor:
@@ -137,33 +145,16 @@ def _per_key_head(gradient: Tensor, heads: int) -> Tensor:
 # -- pieces --------------------------------------------------------------------------------------
 
 
-class _Piece(NamedTuple):
-    """One call of the kernel; its rows meet no other keys than these."""
-
-    batch: slice
-    rows: slice
-    keys: slice
-
-    @property
-    def queries(self) -> tuple[slice, slice, slice]:
-        return self.batch, slice(None), self.rows
-
-    @property
-    def context(self) -> tuple[slice, slice, slice]:
-        return self.batch, slice(None), self.keys
-
-
-def _pieces(q: Tensor, given: _Operands, how: Scoring) -> Iterator[_Piece]:
-    b, sq, sk = q.shape[0], q.shape[2], given.k.shape[2]
-    bounded = how.left >= 0 or how.right >= 0 or len(given.terms) > 1
-    block = BLOCK_ROWS if given.line is not None and bounded else max(sq, 1)
+def _pieces(q: Tensor, given: _Operands, how: Scoring) -> Iterator[Block]:
+    """Calls of the kernel; no row is in two of them."""
+    (b, hq, sq, _), sk = q.shape, given.k.shape[2]
+    cut = len(given.terms) > 1 or (given.line is not None and (how.left >= 0 or how.right >= 0))
     for batch, length in [(slice(0, b), sk)] if given.lengths is None else runs(given.lengths):
-        for start in range(0, sq, block):
-            rows = slice(start, min(start + block, sq))
-            keys = slice(0, sk) if given.line is None else how.span(rows, sq, sk)
+        for rows in cuts(sq, BLOCK_ROWS if cut else sq):
+            keys = slice(0, sk) if given.causal else how.span(rows, sq, sk)
             keys = slice(keys.start, min(keys.stop, length))
             if keys.start < keys.stop and q.numel():
-                yield _Piece(batch, rows, keys)
+                yield Block(batch, slice(0, hq), slice(0, hq), rows, keys)
 
 
 def runs(lengths: list[int]) -> list[tuple[slice, int]]:
@@ -177,18 +168,15 @@ def runs(lengths: list[int]) -> list[tuple[slice, int]]:
     return runs
 
 
-def _mask(given: _Operands, piece: _Piece, sq: int, sk: int) -> Tensor | None:
+def _mask(given: _Operands, piece: Block, sq: int) -> Tensor | None:
     """The additive mask of a piece, its rows in reverse where there is a line."""
-    terms = [part(t, piece.rows, piece.keys, piece.batch) for t in given.terms]
-    if given.line is None:
-        return terms[0] if terms else None
-    rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
-    heads, length = given.line.shape
-    first = sq - piece.rows.stop + piece.keys.start
-    mask = given.line.as_strided((1, heads, rows, keys), (0, length, 1, 1), first)
-    for term in terms:
-        mask = mask + (term if term.shape[2] == 1 else term.flip(2))
-    return mask
+    terms = [_turned(piece.of(term), given) for term in given.terms]
+    if given.line is not None:
+        rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+        heads, length = given.line.shape
+        first = sq - piece.rows.stop + piece.keys.start
+        terms.append(given.line.as_strided((1, heads, rows, keys), (0, length, 1, 1), first))
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _dead(mask: Tensor, rows: int, causal: bool) -> Tensor:
@@ -219,7 +207,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Ten
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
     for piece in _pieces(q, given, how):
         at, keys = piece.queries, piece.context
-        mask = _mask(given, piece, sq, sk)
+        mask = _mask(given, piece, sq)
         found = _flash(_turned(q[at], given), given.k[keys], given.v[keys], given, mask, how.scale)
         share, lse[at] = (_turned(t, given) for t in found)
         out[at] = share[..., :head_dim]
@@ -227,12 +215,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Ten
 
 
 def _one_call(q: Tensor, given: _Operands) -> bool:
-    return given.line is None and given.lengths is None and q.numel() > 0 and given.k.numel() > 0
+    """Whether the kernel takes the call as it is."""
+    whole = given.line is None and given.lengths is None and len(given.terms) < 2
+    return whole and q.numel() > 0 and given.k.numel() > 0
 
 
 def _turned(x: Tensor, given: _Operands) -> Tensor:
     """x with its rows in reverse where there is a line."""
-    return x if given.line is None else x.flip(2)
+    return x if given.line is None or x.shape[2] == 1 else x.flip(2)
 
 
 def _flash(
@@ -290,7 +280,7 @@ def _backward_qkv(
             g, q_rows, out_rows, lse_rows = rows
             share, dk_share, dv_share = flash_cpu_backward(
                 g, q_rows, given.k[keys], given.v[keys], out_rows, lse_rows.contiguous(), 0.0,
-                given.causal, attn_mask=_mask(given, piece, sq, sk), scale=how.scale,
+                given.causal, attn_mask=_mask(given, piece, sq), scale=how.scale,
             )  # fmt: skip
             dq[at] = _turned(share, given)
             dk[keys] += dk_share
