@@ -11,11 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention_triton, configs
+from tilewise_kernels import (
+    attention_backward_triton,
+    attention_tiles_triton,
+    attention_triton,
+    configs,
+    dropout,
+)
+from tilewise_kernels.attention_tiles_triton import Call
 from tilewise_kernels.attention_triton import backward, forward
 from tilewise_kernels.launch import Launch
 
-FENCE, CANARY = 256, 1234.0
+FENCE, CANARY = 256, 1234
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +34,8 @@ def watched(monkeypatch):
         shape = torch.Size(size[0] if len(size) == 1 else size)
         buffer = torch.full((shape.numel() + 2 * FENCE,), CANARY, **options)
         buffers.append(buffer)
-        return buffer[FENCE:-FENCE].fill_(math.nan).view(shape)
+        poison = math.nan if buffer.is_floating_point() else 2**30
+        return buffer[FENCE:-FENCE].fill_(poison).view(shape)
 
     def counted(self, device):
         assert self.grid[0] <= 64, "keep interpreted launches small"
@@ -35,7 +43,8 @@ def watched(monkeypatch):
         run(self, device)
 
     namespace = SimpleNamespace(**vars(torch) | {"empty": poisoned})
-    monkeypatch.setattr(attention_triton, "torch", namespace)
+    for module in (attention_triton, attention_backward_triton, attention_tiles_triton):
+        monkeypatch.setattr(module, "torch", namespace)
     monkeypatch.setattr(Launch, "run", counted)
     yield ran
     for buffer in buffers:
@@ -62,6 +71,11 @@ class Case:
     mask_dtype: torch.dtype = torch.bool
     key_lengths: list[int] | None = None
     scale: float | None = None
+    bias: tuple[int, ...] | None = None
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    dropout_p: float = 0.0
 
 
 HALF, BOOL, FLOAT = torch.float16, torch.bool, torch.float32
@@ -98,6 +112,41 @@ CASES = [
     Case("key lengths under a mask", (2, 2), (17, 65), 32, B=2, key_lengths=[64, 3], mask=(17, 65)),
     Case("negative scale", (1, 1), (33, 33), 16, causal=True, scale=-0.7),
     Case("scale 0", (1, 1), (17, 33), 16, scale=0.0),
+    Case("bias [1, H, Sq, Sk]", (3, 1), (33, 17), 8, B=2, bias=(1, 3, 33, 17)),
+    Case("bias [B, 1, 1, Sk], causal", (2, 2), (33, 65), 16, B=2, bias=(2, 1, 1, 65), causal=True),
+    Case("bias [B, H, Sq, 1], lengths", (2, 1), (65, 33), 16, B=2, bias=(2, 2, 65, 1),
+         key_lengths=[33, 7]),
+    Case("bias [1, 1, 1, 1]", (2, 1), (33, 17), 16, B=2, bias=(1, 1, 1, 1), dtype=HALF),
+    Case("bias [1, H, Sq, Sk] of one key", (2, 1), (33, 1), 16, B=2, bias=(1, 2, 33, 1)),
+    Case("bias under a bool and a window", (2, 1), (33, 65), 40, bias=(1, 2, 33, 65),
+         mask=(33, 65), window=(20, 7)),
+    Case("bias under a float mask, causal", (2, 1), (33, 33), 16, bias=(1, 1, 33, 33),
+         mask=(1, 2, 33, 33), mask_dtype=FLOAT, causal=True),
+    Case("window to the left, causal", (2, 1), (97, 97), 16, window=(20, 0), causal=True),
+    Case("window of one key", (1, 1), (65, 65), 8, window=(0, 0)),
+    Case("window to both sides", (2, 1), (65, 97), 40, window=(33, 5), dtype=HALF),
+    Case("window to the right alone", (2, 1), (33, 65), 16, window=(-1, 3)),
+    Case("window to the left alone, more queries", (2, 1), (97, 33), 16, window=(12, -1)),
+    Case("wide window, causal, lengths", (3, 1), (65, 97), 16, B=2, window=(64, -1), causal=True,
+         key_lengths=[97, 50]),
+    Case("window wider than everything", (1, 1), (33, 17), 16, window=(10**9, 10**9)),
+    Case("softcap", (5, 1), (17, 65), 16, softcap=1.5, scale=1.0),
+    Case("softcap, window, causal, group", (6, 2), (65, 65), 40, softcap=20.0, window=(30, 0),
+         causal=True, dtype=HALF),
+    Case("softcap, negative scale, bias", (2, 1), (17, 33), 16, softcap=2.0, scale=-0.7,
+         bias=(1, 2, 17, 33)),
+    Case("alibi", (3, 1), (33, 33), 16, B=2, alibi=True),
+    Case("alibi, causal, more keys, half", (7, 1), (17, 65), 64, alibi=True, causal=True,
+         dtype=HALF),
+    Case("alibi, softcap, window, mask", (2, 1), (65, 33), 8, alibi=True, softcap=3.0,
+         window=(40, 10), mask=(65, 33)),
+    Case("dropout", (2, 1), (33, 65), 16, B=2, dropout_p=0.4),
+    Case("dropout, causal, half", (3, 1), (65, 65), 64, DV=40, causal=True, dropout_p=0.1,
+         dtype=HALF),
+    Case("dropout under a mask, bias", (2, 1), (33, 65), 8, B=2, mask=(2, 1, 1, 65),
+         bias=(1, 2, 33, 65), dropout_p=0.3),
+    Case("all of it", (2, 1), (65, 65), 16, DV=40, B=2, mask=(1, 1, 65, 65), bias=(1, 2, 65, 65),
+         key_lengths=[65, 40], causal=True, window=(50, 2), softcap=4.0, alibi=True, dropout_p=0.2),
 ]  # fmt: skip
 
 
@@ -120,19 +169,44 @@ def make(case: Case, seed: int = 0) -> tuple[dict, Tensor]:
         "k": normal(case.B, Hkv, Sk, case.D),
         "v": normal(case.B, Hkv, Sk, DV),
         "mask": None if mask is None else mask.expand(case.B, Hq, Sq, Sk),
+        "bias": None if case.bias is None else normal(*case.bias),
         "key_lengths": None if case.key_lengths is None else torch.tensor(case.key_lengths),
+        "alibi_slopes": 2.0 ** -torch.arange(1.0, Hq + 1) if case.alibi else None,
+        "seed": torch.tensor([-(2**40) - 12345]) if case.dropout_p else None,
         "causal": case.causal,
+        "left": case.window[0],
+        "right": case.window[1],
+        "softcap": case.softcap,
         "scale": case.D**-0.5 if case.scale is None else case.scale,
+        "dropout_p": case.dropout_p,
     }
     return arguments, normal(case.B, Hq, Sq, DV)
 
 
-def eager(q, k, v, mask, key_lengths, causal, scale) -> tuple[Tensor, Tensor]:
+def kept_of(seed: Tensor, B: int, Hq: int, Sq: int, Sk: int, p: float) -> Tensor:
+    """What dropout leaves, over 1 - p: [B, Hq, Sq, Sk]."""
+    rows = torch.arange(B * Hq * Sq).view(B, Hq, Sq, 1)
+    return dropout.kept(seed, rows, torch.arange(Sk), p) * dropout.scale(p)
+
+
+def eager(
+    q, k, v, mask=None, bias=None, key_lengths=None, alibi_slopes=None, seed=None, causal=False,
+    left=-1, right=-1, softcap=0.0, scale=1.0, dropout_p=0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention as a formula, in the dtype of q: out and lse, 0 and -inf for rows without keys."""
-    group, (Sq, Sk) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    (B, Hq, Sq, _), Sk, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT * scale
-    keep = torch.ones(Sq, Sk, dtype=torch.bool).tril(Sk - Sq if causal else Sk)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    ahead = torch.arange(Sk) - torch.arange(Sq)[:, None] - (Sk - Sq)  # keys after the diagonal
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None].to(q.dtype) * ahead.abs()
+    keep = ahead <= (0 if causal else Sq)
+    keep = keep & (ahead <= right) if right >= 0 else keep
+    keep = keep & (ahead >= -left) if left >= 0 else keep
     if key_lengths is not None:
         keep = keep & (torch.arange(Sk) < key_lengths[:, None, None, None])
     if mask is not None and mask.dtype == torch.bool:
@@ -142,27 +216,31 @@ def eager(q, k, v, mask, key_lengths, causal, scale) -> tuple[Tensor, Tensor]:
         keep = keep & (mask != -math.inf)
     scores = scores.masked_fill(~keep, -math.inf)
     p = torch.softmax(scores, -1).masked_fill(~keep.expand_as(scores).any(-1, keepdim=True), 0)
+    if seed is not None:
+        p = p * kept_of(seed, B, Hq, Sq, Sk, dropout_p).to(p.dtype)
     return p @ v, torch.logsumexp(scores, -1)
 
 
 def eager_all(arguments: dict, grad_out: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out, lse, dq, dk, dv of the formula evaluated in `dtype`."""
-    leaves = [arguments[name].detach().to(dtype).requires_grad_() for name in "qkv"]
-    out, lse = eager(*leaves, *list(arguments.values())[3:])
-    grads = torch.autograd.grad(out, leaves, grad_out.to(dtype))
+    """out, lse, dq, dk, dv and perhaps dbias of the formula evaluated in `dtype`."""
+    names = [n for n in ("q", "k", "v", "bias") if arguments[n] is not None]
+    leaves = {n: arguments[n].detach().to(dtype).requires_grad_() for n in names}
+    out, lse = eager(**arguments | leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(dtype))
     return [out.detach(), lse.detach(), *(grad.nan_to_num(0) for grad in grads)]
 
 
 def triton_all(arguments: dict, grad_out: Tensor) -> list[Tensor]:
-    """out, lse, dq, dk, dv of the kernels."""
+    """out, lse, dq, dk, dv and perhaps dbias of the kernels."""
     out, lse = forward(**arguments)
-    q, k, v, *rest = arguments.values()
-    return [out, lse, *backward(grad_out, q, k, v, out, lse, *rest)]
+    needs = [True, True, True, arguments["bias"] is not None]
+    found = backward(grad_out, out=out, lse=lse, needs=needs, **arguments)
+    return [out, lse, *found[: 3 + needs[3]]]
 
 
 def named(results: list[Tensor]) -> dict[str, Tensor]:
-    """The five results by name."""
-    return dict(zip(["out", "lse", "dq", "dk", "dv"], results, strict=True))
+    """The five or six results by name."""
+    return dict(zip(["out", "lse", "dq", "dk", "dv", "dbias"], results, strict=False))
 
 
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
@@ -192,7 +270,10 @@ def test_accuracy(case, watched, check):
     arguments, grad_out = make(case)
     before = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
     check(arguments, grad_out)
-    assert watched == ["forward_kernel", "backward_dq_kernel", "backward_dkv_kernel"]
+    listed = ["classify_kernel", "list_kernel"] if case.mask and case.mask_dtype == BOOL else []
+    kernels = [*listed, "forward_kernel", *listed, "backward_dq_kernel"]
+    kernels += [*listed, "backward_dkv_kernel"] + ["backward_dbias_kernel"] * bool(case.bias)
+    assert watched == kernels
     assert all(torch.equal(arguments[n], x) for n, x in before.items()), "an input was changed"
 
 
@@ -249,7 +330,7 @@ def test_keys_past_key_lengths_never_leak(case, poison):
         arguments[name] = arguments[name].masked_fill(past, poison)
     dirty = triton_all(arguments, grad_out)
     assert_same_bits(clean, dirty)
-    for grad in dirty[3:]:
+    for grad in dirty[3:5]:
         assert (grad[past.expand_as(grad)] == 0).all()
 
 
@@ -260,6 +341,132 @@ def test_key_lengths_outside_the_keys_are_clamped():
     wild = triton_all(arguments, grad_out)
     arguments["key_lengths"] = torch.tensor([20, 0])
     assert_same_bits(wild, triton_all(arguments, grad_out))
+
+
+# ---- tiles of a mask ---------------------------------------------------------------------------
+
+
+def tiles_of(mask: Tensor, by_keys: bool, **options) -> list[list[tuple[list[int], list[int]]]]:
+    """(starts of the full tiles, of the partial ones) per row of tiles, per item of the lists."""
+    B, Hq, Sq, Sk = mask.shape
+    q, k = torch.zeros(B, Hq, Sq, 16), torch.zeros(B, Hq, Sk, 16)
+    options = {"key_lengths": None, "causal": False, "left": -1, "right": -1} | options
+    call = Call(
+        0, q, k, k, mask, None, options["key_lengths"], None, None, options["causal"],
+        options["left"], options["right"], 0.0, 1.0, 0.0,
+    )  # fmt: skip
+    arguments, _ = attention_tiles_triton.common_arguments("forward", call)  # tiles of 32 x 16
+    for launch in attention_tiles_triton.tile_lists(call, arguments, by_keys):
+        launch.run(q.device)
+    lists = arguments["tiles_ptr"].flatten(0, 1).tolist()
+    return [[(r[2 : 2 + r[0]], r[2 + r[0] : 2 + r[1]]) for r in rows] for rows in lists]
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_tiles_are_full_partial_or_left_out(by_keys):
+    """97 x 49 with ragged last tiles: one tile full, one with a hole, one with a single True."""
+    mask = torch.zeros(1, 1, 97, 49, dtype=torch.bool)
+    mask[..., :32, 16:32] = True  # full
+    mask[..., 32:64, :16] = True
+    mask[..., 50, 3] = False  # partial
+    mask[..., 64, 32] = True  # partial
+    mask[..., 96, :] = True  # the ragged last row of tiles: full but for its ragged last tile
+    [rows] = tiles_of(mask, by_keys)
+    if by_keys:
+        assert rows == [([96], [32]), ([0, 96], []), ([96], [64]), ([], [96])]
+    else:
+        assert rows == [([16], []), ([], [0]), ([], [32]), ([0, 16, 32], [48])]
+
+
+def test_lists_belong_to_what_the_mask_was_made_for():
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[1, ..., 16:] = False
+    found = tiles_of(mask.expand(2, 3, 33, 40), False)
+    assert found == [[([0, 16], [32])] * 2, [([0], [])] * 2]
+    lengths = torch.tensor([40, 20])
+    everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(2, 3, 33, 40)
+    found = tiles_of(everywhere, False, key_lengths=lengths)
+    assert found == [[([0, 16], [32])] * 2, [([0], [16])] * 2]
+
+
+def test_diagonals_rule_tiles_out_of_the_lists():
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    assert tiles_of(mask, False, causal=True) == [[([], [0, 16]), ([0, 16], [32, 48])]]
+    assert tiles_of(mask, False, left=15, right=0)[0][1] == ([], [16, 32, 48])
+
+
+@pytest.mark.parametrize("kind", ["all True", "all False", "blocks", "one key", "half a tile"])
+def test_mask_classes(kind, check):
+    """Full, empty and mixed tiles, with more tiles than fit a chunk of the list in one case."""
+    arguments, grad_out = make(Case("", (2, 1), (65, 97), 16, B=1))
+    i, j = torch.arange(65)[:, None], torch.arange(97)
+    mask = {
+        "all True": (i + j) >= 0,
+        "all False": (i + j) < 0,
+        "blocks": (i // 32 + j // 32) % 2 == 0,
+        "one key": (j == 77).expand(65, 97),
+        "half a tile": (i // 16 + j // 8) % 2 == 0,
+    }[kind]
+    arguments["mask"] = mask.expand(1, 2, 65, 97)
+    check(arguments, grad_out)
+
+
+def test_more_tiles_than_a_chunk():
+    """300 tiles of keys in one row: the list is made of two chunks."""
+    mask = torch.rand(1, 1, 1, 4800, generator=torch.Generator().manual_seed(0)) < 0.05
+    mask[..., 160:320] = True
+    classes = torch.zeros(300, dtype=torch.int32)
+    counts = mask.view(300, 16).sum(1)
+    classes[counts > 0], classes[counts == 16] = 1, 2
+    tiles = torch.empty(1, 302, dtype=torch.int32)
+    lists = {"classes_ptr": classes, "tiles_ptr": tiles, "blocks": 300, "STEP": 16, "CHUNK": 256}
+    attention_tiles_triton.load(vars(attention_tiles_triton))
+    Launch(attention_tiles_triton.list_kernel, (1,), lists, {}).run(tiles.device)
+    full, both = tiles[0, :2].tolist()
+    assert tiles[0, 2 : 2 + full].tolist() == ((classes == 2).nonzero() * 16).flatten().tolist()
+    assert (
+        tiles[0, 2 + full : 2 + both].tolist() == ((classes == 1).nonzero() * 16).flatten().tolist()
+    )
+
+
+# ---- dropout and unwanted gradients ------------------------------------------------------------
+
+
+def test_dropout_of_everything_is_zero_without_nan():
+    arguments, grad_out = make(Case("", (2, 1), (33, 17), 16, dropout_p=1.0, bias=(1, 1, 33, 17)))
+    out, lse, *gradients = triton_all(arguments, grad_out)
+    assert (out == 0).all() and lse.isfinite().all()
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_dropout_leaves_lse_alone_and_follows_the_seed():
+    arguments, _ = make(Case("", (2, 1), (33, 17), 16, dropout_p=0.5))
+    out, lse = forward(**arguments)
+    plain_out, plain_lse = forward(**arguments | {"seed": None, "dropout_p": 0.0})
+    other, _ = forward(**arguments | {"seed": arguments["seed"] + 1})
+    assert torch.equal(lse, plain_lse) and not torch.equal(out, plain_out)
+    assert not torch.equal(out, other) and torch.equal(out, forward(**arguments)[0])
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_only_wanted_gradients_are_made(wanted, watched):
+    arguments, grad_out = make(Case("", (2, 1), (33, 17), 16, bias=(1, 2, 33, 17)))
+    out, lse, *every = triton_all(arguments, grad_out)
+    watched.clear()
+    needs = [i == wanted for i in range(4)]
+    found = backward(grad_out, out=out, lse=lse, needs=needs, **arguments)
+    assert [gradient is not None for gradient in found] == needs and len(watched) == 1
+    torch.testing.assert_close(found[wanted], every[wanted])
+
+
+def test_bias_of_minus_infinity_hides_keys():
+    arguments, grad_out = make(Case("", (2, 1), (20, 40), 16, bias=(1, 2, 20, 40)))
+    bias = arguments["bias"].masked_fill(torch.rand(1, 2, 20, 40) < 0.3, -math.inf)
+    bias[:, 1, 4] = -math.inf
+    out, lse, dq, dk, dv, dbias = triton_all(arguments | {"bias": bias}, grad_out)
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv, dbias))
+    assert (out[:, 1, 4] == 0).all() and (lse[:, 1, 4] == -math.inf).all()
+    assert (dbias[bias == -math.inf] == 0).all()
 
 
 # ---- masks of extreme values -------------------------------------------------------------------
@@ -359,21 +566,20 @@ def test_ten_runs_give_the_same_bits():
 
 
 def test_grid_is_one_dimensional_and_covers_every_query():
-    attention_triton.load(vars(attention_triton))
     q = torch.empty(4096, 32, 1000, 64, device="meta", dtype=HALF)
     lse = torch.empty(4096, 32, 1000, device="meta")
-    call = (90, q, q, q, None, None, False, 1.0)
-    launch = attention_triton.forward_launch(call, q, lse)
+    call = Call(90, q, q, q, *[None] * 5, False, -1, -1, 0.0, 1.0, 0.0)
+    [launch] = attention_triton.forward_launches(call, q, lse)
     blocks = math.ceil(1000 / launch.arguments["BLOCK_M"])
     assert launch.grid == (blocks * 32 * 4096,) and launch.grid[0] < 2**31
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv", "backward_dbias"])
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 120])
 def test_every_call_has_a_configuration(kernel, capability):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (1, 8, 16, 17, 40, 59, 64, 80, 96, 111, 128, 192, 256):
-            for masked in (False, True):
-                config = configs.attention_config(kernel, capability, dtype, head_dim, masked)
+            for load in configs.ATTENTION_LOADS:
+                config = configs.attention_config(kernel, capability, dtype, head_dim, load)
                 assert min(config.block_m, config.block_n) >= 16
                 assert config.num_warps in (4, 8) and 1 <= config.num_stages <= 3
