@@ -51,6 +51,8 @@ class Scoring(NamedTuple):
 
     def settled(self, sq: int, sk: int) -> "Scoring":
         """The same with causality expressed as right, and bounds that hide no key left out."""
+        if not self.causal and self.left < 0 and self.right < 0:
+            return self
         right = 0 if self.causal else self.right
         return self._replace(
             causal=False,
@@ -239,6 +241,8 @@ def blocked_backward(
     k0, v0 = _wide(k, v, how)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k0), torch.zeros_like(v0)
     dbias = None if how.bias is None else how.bias.new_zeros(how.bias.shape, dtype=k0.dtype)
+    dead = lse < NO_GRADIENT
+    some_dead = not q.is_cpu or bool(dead.any())  # a GPU would have to wait for the answer
     for at in _blocks(q, k0, how):
         rows, keys, values = q[at.queries].to(k0.dtype), k0[at.context], v0[at.context]
         if keys.shape[2] == 0:
@@ -246,7 +250,8 @@ def blocked_backward(
         scores = _products(rows, keys, how)
         slope = 1 - (scores / how.softcap).square_() if how.softcap else None
         p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
-        p.masked_fill_((lse[at.queries] < NO_GRADIENT)[..., None], 0)
+        if some_dead:
+            p.masked_fill_(dead[at.queries][..., None], 0)
         g = _by_key_head(grad[at.queries].to(k0.dtype), keys.shape[1])
         ds = (g @ values.mT).view(p.shape)
         dropped = p
@@ -257,8 +262,8 @@ def blocked_backward(
             ds.mul_(kept).mul_(dropout.scale(how.dropout_p))
         if needs[2]:
             dv[at.context] += _by_key_head(dropped, keys.shape[1]).mT @ g
-        ds -= (p * ds).sum(-1, keepdim=True)  # not from out and grad: exact where one key takes all
-        ds *= p
+        # P (dP - rowsum(P dP)); not from out and grad: so it is exact where one key takes all
+        ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
         if dbias is not None and needs[3]:
             region = at.of(dbias)
             region += ds.sum_to_size(region.shape)

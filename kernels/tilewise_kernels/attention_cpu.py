@@ -4,13 +4,13 @@ The kernel takes an additive mask of any strides (the keys' one and 0 apart), an
 that starts in the top left corner. What else depends on the position of a key relative to its query
 (a window, a causal limit elsewhere, ALiBi) is one number per distance: a line of Sq + Sk - 1
 numbers. With the queries in reverse order, element (i, j) of such a mask is line[i + j + constant]:
-a view of the line with strides (1, 1), so that no [Sq, Sk] tensor is written. Such calls are cut in
-blocks of rows, each with only the keys that it may see.
+a view of the line with strides (1, 1). Where turning the queries is less work than writing the mask
+the kernel reads that view. Calls that a window or causality bounds are cut in blocks of rows, each
+with only the keys that it may see; so no [Sq, Sk] tensor is ever written.
 
 Shapes as in attention.py. A term is an additive mask that broadcasts to [B, Hq, Sq, Sk].
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,8 @@ class _Operands(NamedTuple):
     k: Tensor
     v: Tensor
     terms: list[Tensor]
-    line: Tensor | None  # [1 or Hq, Sq + Sk - 1]; then the queries are to be given in reverse
+    line: Tensor | None  # [1 or Hq, Sq + Sk - 1]
+    turned: bool  # whether the kernel gets the queries in reverse order
     causal: bool  # left to the kernel
     lengths: list[int] | None  # by which to cut the batch
 
@@ -77,12 +78,13 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> _Operands:
         else:
             k, v = zero_padding(k, how.key_lengths), zero_padding(v, how.key_lengths)
             terms.append(_additive((torch.arange(sk) < how.key_lengths[:, None])[:, None, None], q))
-    terms, line = _combined(terms), None
+    terms, line, turned = _combined(terms), None, False
     if relative and (len(terms) > 1 or not causal):
         line, causal = _line(q, sk, how), False
+        turned = not terms and line.shape[0] * sk > 3 * q.shape[0] * q.shape[1] * q.shape[3]
     width, group = max(q.shape[3], v.shape[3]), q.shape[1] // k.shape[1]
     k, v = (_per_query_head(_widened(t, width), group) for t in (k, v))
-    return _Operands(k, v, terms, line, causal, lengths)
+    return _Operands(k, v, terms, line, turned, causal, lengths)
 
 
 def _stored(term: Tensor) -> Tensor:
@@ -94,6 +96,8 @@ def _stored(term: Tensor) -> Tensor:
 
 
 def _additive(term: Tensor, q: Tensor) -> Tensor:
+    if term.dtype == q.dtype:
+        return term
     dtype = accumulator(q.dtype)
     if term.dtype != torch.bool:
         return term.to(dtype)
@@ -145,16 +149,29 @@ def _per_key_head(gradient: Tensor, heads: int) -> Tensor:
 # -- pieces --------------------------------------------------------------------------------------
 
 
-def _pieces(q: Tensor, given: _Operands, how: Scoring) -> Iterator[Block]:
+def _whole(q: Tensor, k: Tensor) -> Block:
+    b, heads, sq, _ = q.shape
+    every = slice(0, heads)
+    return Block(slice(0, b), every, every, slice(0, sq), slice(0, k.shape[2]))
+
+
+def _pieces(q: Tensor, given: _Operands, how: Scoring) -> list[Block]:
     """Calls of the kernel; no row is in two of them."""
-    (b, hq, sq, _), sk = q.shape, given.k.shape[2]
-    cut = len(given.terms) > 1 or (given.line is not None and (how.left >= 0 or how.right >= 0))
-    for batch, length in [(slice(0, b), sk)] if given.lengths is None else runs(given.lengths):
-        for rows in cuts(sq, BLOCK_ROWS if cut else sq):
-            keys = slice(0, sk) if given.causal else how.span(rows, sq, sk)
-            keys = slice(keys.start, min(keys.stop, length))
-            if keys.start < keys.stop and q.numel():
-                yield Block(batch, slice(0, hq), slice(0, hq), rows, keys)
+    whole, sq, sk = _whole(q, given.k), q.shape[2], given.k.shape[2]
+    bounded = given.line is not None and (how.left >= 0 or how.right >= 0)
+    size = BLOCK_ROWS if bounded or len(given.terms) > 1 else sq
+    if q.numel() == 0 or sk == 0:
+        return []
+    if given.lengths is None and size == sq and not bounded:
+        return [whole]
+    pieces = []
+    for batch, length in [(whole.batch, sk)] if given.lengths is None else runs(given.lengths):
+        for rows in cuts(sq, size):
+            keys = whole.keys if given.causal else how.span(rows, sq, sk)
+            if keys.start < min(keys.stop, length):
+                keys = slice(keys.start, min(keys.stop, length))
+                pieces.append(whole._replace(batch=batch, rows=rows, keys=keys))
+    return pieces
 
 
 def runs(lengths: list[int]) -> list[tuple[slice, int]]:
@@ -169,13 +186,14 @@ def runs(lengths: list[int]) -> list[tuple[slice, int]]:
 
 
 def _mask(given: _Operands, piece: Block, sq: int) -> Tensor | None:
-    """The additive mask of a piece, its rows in reverse where there is a line."""
-    terms = [_turned(piece.of(term), given) for term in given.terms]
+    """The additive mask of a piece."""
+    terms = [piece.of(term) for term in given.terms]
     if given.line is not None:
         rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
         heads, length = given.line.shape
         first = sq - piece.rows.stop + piece.keys.start
-        terms.append(given.line.as_strided((1, heads, rows, keys), (0, length, 1, 1), first))
+        turned = given.line.as_strided((1, heads, rows, keys), (0, length, 1, 1), first)
+        terms.append(turned if given.turned else turned.flip(2))
     return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -200,12 +218,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Ten
     how = how.settled(sq, sk)
     given = _operands(q, k, v, how)
     q = _widened(q, given.k.shape[3])
-    if _one_call(q, given):
-        out, lse = _flash(q, given.k, given.v, given, next(iter(given.terms), None), how.scale)
+    pieces = _pieces(q, given, how)
+    if _one_call(pieces, q, given):
+        out, lse = _flash(q, given.k, given.v, given, _mask(given, pieces[0], sq), how.scale)
         return out[..., :head_dim] if out.shape[3] > head_dim else out, lse
     out = empty_output(q, head_dim).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
-    for piece in _pieces(q, given, how):
+    for piece in pieces:
         at, keys = piece.queries, piece.context
         mask = _mask(given, piece, sq)
         found = _flash(_turned(q[at], given), given.k[keys], given.v[keys], given, mask, how.scale)
@@ -214,15 +233,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Ten
     return out, lse
 
 
-def _one_call(q: Tensor, given: _Operands) -> bool:
-    """Whether the kernel takes the call as it is."""
-    whole = given.line is None and given.lengths is None and len(given.terms) < 2
-    return whole and q.numel() > 0 and given.k.numel() > 0
+def _one_call(pieces: list[Block], q: Tensor, given: _Operands) -> bool:
+    return len(pieces) == 1 and not given.turned and pieces[0] == _whole(q, given.k)
 
 
 def _turned(x: Tensor, given: _Operands) -> Tensor:
-    """x with its rows in reverse where there is a line."""
-    return x if given.line is None or x.shape[2] == 1 else x.flip(2)
+    return x.flip(2) if given.turned else x
 
 
 def _flash(
@@ -230,9 +246,8 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     """One call of the kernel. It writes lse 0 for rows with no key; ours is -inf."""
     out, lse = flash_cpu(q, k, v, 0.0, given.causal, attn_mask=mask, scale=scale)
-    if mask is not None:
-        alike = mask if given.terms else mask[:, :1]  # a line hides the same keys from every head
-        lse = lse.masked_fill(_dead(alike, q.shape[2], given.causal), -torch.inf)
+    if mask is not None and not (lse.abs() > 0).all():  # reading the mask costs more
+        lse = lse.masked_fill(_dead(mask, q.shape[2], given.causal), -torch.inf)
     return out, lse
 
 
@@ -267,19 +282,19 @@ def _backward_qkv(
     q, out, grad = (_widened(t, width) for t in (q, out, grad))
     if given.terms or given.line is not None or given.lengths is not None:  # there may be dead rows
         lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
-    if _one_call(q, given):
-        mask = next(iter(given.terms), None)
+    pieces = _pieces(q, given, how)
+    if _one_call(pieces, q, given):
+        mask = _mask(given, pieces[0], sq)
         dq, dk, dv = flash_cpu_backward(
             grad, q, given.k, given.v, out, lse, 0.0, given.causal, attn_mask=mask, scale=how.scale
         )
     else:
         dq, dk, dv = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, given.k, given.v))
-        for piece in _pieces(q, given, how):
+        for piece in pieces:
             at, keys = piece.queries, piece.context
-            rows = (_turned(t[at], given) for t in (grad, q, out, lse))
-            g, q_rows, out_rows, lse_rows = rows
+            g, q_at, out_at, lse_at = (_turned(t[at], given) for t in (grad, q, out, lse))
             share, dk_share, dv_share = flash_cpu_backward(
-                g, q_rows, given.k[keys], given.v[keys], out_rows, lse_rows.contiguous(), 0.0,
+                g, q_at, given.k[keys], given.v[keys], out_at, lse_at.contiguous(), 0.0,
                 given.causal, attn_mask=_mask(given, piece, sq), scale=how.scale,
             )  # fmt: skip
             dq[at] = _turned(share, given)

@@ -31,6 +31,11 @@ def calls(length):
     yield "torch, lengths", "torch", {"key_lengths": padded}
     yield "torch, expanded mask", "torch", {"mask": keys}
     yield "blocked, causal, lengths", "blocked", {"causal": True, "key_lengths": padded}
+    slopes, every = torch.tensor([0.1]), torch.zeros(1, 1, 1, length, requires_grad=True)
+    yield "torch, ALiBi", "torch", {"alibi_slopes": slopes}
+    yield "torch, ALiBi, mask", "torch", {"alibi_slopes": slopes, "mask": keys}
+    yield "torch, window, two terms", "torch", {"window": (300, 20), "mask": keys, "bias": every}
+    yield "blocked, softcap, dropout", "blocked", {"softcap": 9.0, "dropout_p": 0.1}
 
 def all_of(length):
     return {name: growth(length, way, **options) for name, way, options in calls(length)}

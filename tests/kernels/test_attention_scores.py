@@ -403,6 +403,40 @@ def test_dropout_is_the_same_under_checkpoint(reentrant):
         assert torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "causal": True}], ids=str)
+def test_gradcheck_with_dropout(options):
+    tensors, _ = qkv((4, 2), (3, 4), D=2, Dv=3, B=1)
+    leaves = [t.double().requires_grad_() for t in (*tensors.values(), normal(4, 1, 4, seed=4))]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention(q, k, v, bias=bias, dropout_p=0.4, **options)
+
+    for way in WAYS[1:]:
+        with force(way):
+            assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_dropout_compiles_and_draws_a_new_mask_at_each_call():
+    tensors, grad = qkv((4, 2), (17, 33))
+    leaves = [t.clone().requires_grad_() for t in tensors.values()]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, dropout_p=0.4, softcap=5.0, window=(7, 2))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.manual_seed(3)
+    first, second = compiled(*leaves), compiled(*leaves)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    plain = call(*leaves)
+    torch.testing.assert_close(first, plain)
+    found, expected = (torch.autograd.grad(out, leaves, grad) for out in (first, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---- head dims and groups ------------------------------------------------------------------------
 
 
