@@ -159,7 +159,8 @@ def _pieces(q: Tensor, given: _Operands, how: Scoring) -> list[Block]:
     """Calls of the kernel; no row is in two of them."""
     whole, sq, sk = _whole(q, given.k), q.shape[2], given.k.shape[2]
     bounded = given.line is not None and (how.left >= 0 or how.right >= 0)
-    size = BLOCK_ROWS if bounded or len(given.terms) > 1 else sq
+    summed = len(given.terms) + (given.line is not None) > 1
+    size = BLOCK_ROWS if bounded or summed else sq
     if q.numel() == 0 or sk == 0:
         return []
     if given.lengths is None and size == sq and not bounded:
