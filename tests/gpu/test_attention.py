@@ -1,17 +1,17 @@
 """Attention on a GPU: accuracy by dtype, head dim and mask; hard cases; the same bits every time.
 
-Shapes: q [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D].
+Shapes: q [B, Hq, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv].
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention, force
+from tilewise_kernels import attention, dropout, force
 
 pytestmark = pytest.mark.gpu
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -20,7 +20,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One call. mask: "", or "bool" / "float" and the shape it is broadcast from."""
+    """One call. mask: "", or "bool" / "float" and the shape it is broadcast from; bias: its shape.
+
+    options: window, softcap, dropout_p as attention takes them.
+    """
 
     name: str
     heads: tuple[int, int]
@@ -32,6 +35,10 @@ class Case:
     mask_shape: str = ""  # of the letters BHQK and 1
     key_lengths: bool = False
     B: int = 2
+    bias: str = ""  # of the letters BHQK and 1
+    alibi: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    Dv: int = 0  # 0: D
 
 
 # Every head dim, dtype, group and mask shape once or more, at lengths round the tile sizes.
@@ -62,24 +69,50 @@ CASES = [
     Case("float mask, float32", (4, 4), (97, 113), 64, FLOAT, mask="float", mask_shape="1HQK"),
     Case("key lengths", (4, 4), (129, 257), 64, BF16, key_lengths=True),
     Case("key lengths, causal", (6, 2), (257, 257), 128, BF16, causal=True, key_lengths=True),
-]
+    Case("bias [Sq, Sk]", (4, 2), (129, 200), 64, BF16, bias="QK"),
+    Case("bias [1, H, Sq, Sk], causal, padding", (4, 4), (257, 257), 64, BF16, True, bias="1HQK",
+         key_lengths=True),
+    Case("bias over keys, under a mask", (4, 2), (129, 129), 128, HALF, mask="bool",
+         mask_shape="1HQK", bias="B11K"),
+    Case("bias [B, Hq, 1, 1], float32", (6, 2), (65, 129), 64, FLOAT, bias="BH11"),
+    Case("bias of one element", (2, 2), (129, 65), 64, BF16, bias="1"),
+    Case("alibi", (8, 2), (257, 513), 128, BF16, alibi=True),
+    Case("alibi, causal, float32", (3, 1), (129, 129), 64, FLOAT, True, alibi=True),
+    Case("window", (4, 2), (1023, 1023), 64, BF16, options={"window": (200, 0)}),
+    Case("two-sided window, more keys", (4, 4), (257, 513), 128, HALF, options={"window": (40, 9)}),
+    Case("window, more queries, padding", (2, 1), (513, 257), 64, BF16, key_lengths=True,
+         options={"window": (100, None)}),
+    Case("softcap", (4, 2), (257, 257), 128, BF16, True, options={"softcap": 3.0}),
+    Case("dropout", (4, 2), (257, 129), 64, HALF, True, options={"dropout_p": 0.3}),
+    Case("wider values", (4, 2), (129, 257), 64, BF16, True, Dv=128),
+    Case("narrower values", (4, 2), (129, 257), 96, HALF, Dv=40),
+    Case("group of 7, everything", (7, 1), (129, 200), 64, BF16, True, "bool", "B11K", True,
+         bias="HQK", alibi=True, options={"window": (90, 3), "softcap": 5.0, "dropout_p": 0.2}),
+]  # fmt: skip
 
 
 def shrink(case: Case) -> Case:
     """What the interpreter has time for; it multiplies bfloat16 wrongly."""
     dtype = HALF if case.dtype == BF16 else case.dtype
     sq, sk = (max(1, n * 33 // 1025) for n in case.lengths)
-    return replace(case, dtype=dtype, lengths=(sq, sk), B=1 + case.key_lengths)
+    window = tuple(n and -(-n // 30) for n in case.options.get("window", ()))
+    options = case.options | ({"window": window} if window else {})
+    return replace(case, dtype=dtype, lengths=(sq, sk), B=1 + case.key_lengths, options=options)
 
 
 def make(case: Case, normal) -> tuple[Tensors, dict]:
     """Tensors that differentiate, and the options of the call."""
     (hq, hkv), (sq, sk) = case.heads, case.lengths
     tensors = {"q": normal(case.B, hq, sq, case.D, dtype=case.dtype)}
-    tensors |= {name: normal(case.B, hkv, sk, case.D, dtype=case.dtype) for name in "kv"}
-    options: dict = {"causal": case.causal}
+    for name, width in (("k", case.D), ("v", case.Dv or case.D)):
+        tensors[name] = normal(case.B, hkv, sk, width, dtype=case.dtype)
+    options: dict = {"causal": case.causal} | case.options
+    sizes = {"B": case.B, "H": hq, "Q": sq, "K": sk, "1": 1}
+    if case.bias:
+        tensors["bias"] = normal(*(sizes[letter] for letter in case.bias))
+    if case.alibi:
+        options["alibi_slopes"] = normal(hq).abs() / 8
     if case.mask:
-        sizes = {"B": case.B, "H": hq, "Q": sq, "K": sk, "1": 1}
         drawn = normal(*(sizes[letter] for letter in case.mask_shape))
         kept = drawn > -0.8
         options["mask"] = kept if case.mask == "bool" else drawn.masked_fill(~kept, -math.inf)
@@ -89,13 +122,30 @@ def make(case: Case, normal) -> tuple[Tensors, dict]:
     return tensors, options
 
 
-def eager(t: Tensors, causal=False, mask=None, key_lengths=None, scale=None) -> Tensor:
-    """The formula in the dtype of q; rows without keys give 0."""
+def eager(
+    t: Tensors, causal=False, mask=None, key_lengths=None, scale=None, window=None, softcap=None,
+    alibi_slopes=None, dropout_p=0.0,
+) -> Tensor:  # fmt: skip
+    """The formula in the dtype of q; rows without keys give 0. Draws the seed that run draws."""
     q, (sq, sk) = t["q"], (t["q"].shape[2], t["k"].shape[2])
     group = q.shape[1] // t["k"].shape[1]
     k, v = (t[name].repeat_interleave(group, 1) for name in "kv")
     scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
-    keep = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq if causal else sk)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if "bias" in t:
+        scores = scores + t["bias"].to(scores.dtype)
+    ahead = torch.arange(sk, device=q.device)
+    ahead = ahead - torch.arange(sk - sq, sk, device=q.device)[:, None]
+    if alibi_slopes is not None:
+        scores = scores - (alibi_slopes[:, None, None] * ahead.abs()).to(scores.dtype)
+    left, right = window or (None, None)
+    keep = torch.ones_like(ahead, dtype=torch.bool)
+    for bound in (0 if causal else None, right):
+        if bound is not None:
+            keep = keep & (ahead <= bound)
+    if left is not None:
+        keep = keep & (ahead >= -left)
     if key_lengths is not None:
         keep = keep & (torch.arange(sk, device=q.device) < key_lengths[:, None, None, None])
     if mask is not None and mask.dtype == torch.bool:
@@ -105,12 +155,19 @@ def eager(t: Tensors, causal=False, mask=None, key_lengths=None, scale=None) -> 
         keep = keep & (mask != -math.inf)
     lowest = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     p = torch.softmax(lowest, -1).masked_fill(~keep, 0)
+    if dropout_p:
+        torch.manual_seed(5)
+        rows = torch.arange(p.shape[0] * p.shape[1] * sq, device=q.device).view(*p.shape[:3], 1)
+        columns = torch.arange(sk, device=q.device)
+        kept = dropout.kept(dropout.draw_seed(q.device), rows, columns, dropout_p)
+        p = p * kept * dropout.scale(dropout_p)
     return p @ v
 
 
 def run(t: Tensors, **options) -> Tensor:
+    torch.manual_seed(5)  # of dropout: as in eager
     with force("triton"):
-        return attention(t["q"], t["k"], t["v"], **options)
+        return attention(**t, **options)
 
 
 def gradients(t: Tensors, grad: Tensor | None = None, **options) -> list[Tensor]:
@@ -247,6 +304,16 @@ def test_backward_repeats_bit_for_bit(D: int, normal, pick) -> None:
     first = gradients(tensors, grad, causal=True)
     for _ in range(pick(50, 2)):
         assert_same(gradients(tensors, grad, causal=True), first)
+
+
+def test_dropout_and_bias_repeat_bit_for_bit(normal, pick) -> None:
+    case = Case("", (4, 2), (pick(513, 17),) * 2, 64, HALF, True, bias="1HQK", alibi=True,
+                options={"dropout_p": 0.2})  # fmt: skip
+    tensors, options = make(case, normal)
+    grad = normal(*tensors["q"].shape, dtype=HALF)
+    first = gradients(tensors, grad, **options)
+    for _ in range(pick(50, 2)):
+        assert_same(gradients(tensors, grad, **options), first)
 
 
 def test_no_race_at_a_large_batch(normal, pick) -> None:

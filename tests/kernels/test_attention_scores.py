@@ -528,6 +528,33 @@ def test_any_combination(number):
             )  # fmt: skip
 
 
+# ---- the Triton way through the public function ------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [
+    {"bias": (1, 4, 17, 33), "causal": True},
+    {"bias": (2, 1, 1, 33), "mask": normal(17, 33, seed=5) > -1},
+    {"bias": (2, 4, 1, 1), "alibi_slopes": torch.tensor([0.5, 0.25, 0.0, 0.1])},
+    {"bias": (), "window": (9, 3), "key_lengths": torch.tensor([20, 33])},
+    {"bias": (17, 1), "softcap": 2.0, "dropout_p": 0.3, "Dv": 8},
+], ids=str)  # fmt: skip
+def test_triton(options, dtype, assert_accurate):
+    """Dropout's elements are those of the formula here too."""
+    options = dict(options)
+    tensors, grad = qkv((4, 2), (17, 33), Dv=options.pop("Dv", None))
+    tensors = {n: t.to(dtype) for n, t in tensors.items()}
+    tensors["bias"] = normal(*options.pop("bias"), seed=4)
+    grad = grad.to(dtype)
+    torch.manual_seed(5)
+    seed = dropout.draw_seed(torch.device("cpu"))
+    exact = run(eager, tensors, torch.float64, grad, **options, seed=seed)
+    plain = run(eager, tensors, dtype, grad, **options, seed=seed)
+    torch.manual_seed(5)
+    with force("triton"):
+        assert_accurate(run(ours, tensors, dtype, grad, **options), plain, exact)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], str]] = [
