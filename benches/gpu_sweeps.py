@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tilewise_kernels import attention_triton, configs, layer_norm_triton, linear_act_triton
+from tilewise_kernels.attention_backward_triton import backward_launches
+from tilewise_kernels.attention_tiles_triton import Call
 from tilewise_kernels.launch import Launch
 
 Values = tuple[int, ...]
@@ -64,20 +66,22 @@ def warm_launches(architecture: int) -> Iterator[tuple[str, Launch]]:
 
 def attention_knob(kernel: str, arch: int, head_dim: int, masked: bool, small: bool) -> Knob:
     table_arch = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+    load = "heavy" if masked else "plain"
+    column = configs.ATTENTION_LOADS.index(load)
 
     def put(values: Values) -> None:
         tile = configs.AttentionConfig(*values)
         if arch == 0:
             configs.ATTENTION_INTERPRETED[kernel] = tile
             return
-        pairs = configs.ATTENTION[kernel, table_arch, "half"]
-        pair = list(pairs[head_dim])
-        pair[masked] = tile
-        pairs[head_dim] = (pair[0], pair[1])
+        table = configs.ATTENTION[kernel, table_arch, "half"]
+        row = list(table[head_dim])
+        row[column] = tile
+        table[head_dim] = (row[0], row[1], row[2])
 
-    entry = configs.attention_config(kernel, arch, torch.bfloat16, head_dim, masked)
+    entry = configs.attention_config(kernel, arch, torch.bfloat16, head_dim, load)
     return Knob(
-        f'ATTENTION["{kernel}", {table_arch}, "half"][{head_dim}][{int(masked)}]',
+        f'ATTENTION["{kernel}", {table_arch}, "half"][{head_dim}][{column}]',
         tuple(entry),
         list(tiles_around(entry, most_changes=1 if masked else 2)),
         put,
@@ -102,7 +106,6 @@ def attention_launch(
     kernel: str, device: str, arch: int, head_dim: int, causal: bool, masked: bool, small: bool
 ) -> Launch:
     """One kernel on [B, H, S, D]; on a real device those before it have run."""
-    attention_triton.load(vars(attention_triton))
     b, h, s = (1, 2, 64) if small else (4, 2048 // head_dim, 4096)
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
@@ -111,22 +114,23 @@ def attention_launch(
         drawn = torch.randn(b, h, s, head_dim, generator=generator, device=device)
         return drawn.to(dtype)
 
-    q, k, v, grad = normal(), normal(), normal(), normal()
-    out, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
-    lse, delta = (torch.empty(b, h, s, device=device) for _ in range(2))
+    q, k, v, grad, out = normal(), normal(), normal(), normal(), normal()
+    lse = torch.empty(b, h, s, device=device)
     mask = None
     if masked:
         mask = torch.ones(b, 1, s, s, dtype=torch.bool, device=device).tril().expand(b, h, s, s)
-    call = (arch, q, k, v, mask, None, causal, head_dim**-0.5)
-    launches = {
-        "forward": attention_triton.forward_launch(call, out, lse),
-        "backward_dq": attention_triton.backward_dq_launch(call, grad, out, lse, delta, dq),
-        "backward_dkv": attention_triton.backward_dkv_launch(call, grad, lse, delta, dk, dv),
-    }
+    scale = head_dim**-0.5
+    terms = (mask, None, None, None, None)
+    call = Call(arch, q, k, v, *terms, causal, -1, -1, 0.0, scale, 0.0)
+    gradients: list[Tensor | None] = [torch.empty_like(q) for _ in range(3)]
+    launches = attention_triton.forward_launches(call, out, lse)
+    launches += backward_launches(call, grad, out, lse, [*gradients, None])
+    names = [launch.kernel.__name__ for launch in launches]
+    place = names.index(f"{kernel}_kernel")
     if device != "meta":
-        for name in itertools.takewhile(lambda name: name != kernel, launches):
-            launches[name].run(q.device)
-    return launches[kernel]
+        for launch in launches[:place]:
+            launch.run(q.device)
+    return launches[place]
 
 
 # -- layer_norm ----------------------------------------------------------------------------------

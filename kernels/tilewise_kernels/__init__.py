@@ -1,6 +1,7 @@
 """Fused Transformer kernels that run on CPU and GPU tensors under one contract."""
 
 from .attention import attention
+from .attention_varlen import attention_varlen
 from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
@@ -10,6 +11,7 @@ from .softmax import softmax
 
 __all__ = [
     "attention",
+    "attention_varlen",
     "decode_attention",
     "explain",
     "feed_forward",

@@ -29,6 +29,7 @@ from .attention_tiles_triton import (
     common_arguments,
     count_keys,
     drop,
+    dropout_rows,
     first_row,
     hide,
     key_range,
@@ -40,7 +41,6 @@ from .attention_tiles_triton import (
     strides,
     tile_lists,
 )
-from .dropout import mixed_rows
 from .launch import Launch, architecture
 from .lazy_triton import jit, load
 
@@ -159,7 +159,7 @@ def backward_dq_kernel(
     row = first_row(batch, head, Hq, q_start, Sq, total_q, PACKED)
     mixed = None
     if seed_ptr is not None:
-        mixed = mixed_rows(tl.load(seed_ptr), row + queries)[:, None]
+        mixed = dropout_rows(seed_ptr, batch, head, Hq, Sq, queries, PACKED)[:, None]
 
     grad = load_tile(grad_ptr, queries, Sq, stride_gm, stride_gd, DV, BLOCK_DV, True)
     out = load_tile(out_ptr, queries, Sq, stride_om, stride_od, DV, BLOCK_DV, True)
@@ -246,8 +246,6 @@ def backward_dkv_kernel(
     STEP: tl.constexpr = 1 if MASK == "bool" else BLOCK_M
     full = 0
     first, last = query_range(block * BLOCK_N, Sq, key_end, shift, left, right, BLOCK_M, BLOCK_N)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     for member in range(0, group):
@@ -285,7 +283,7 @@ def backward_dkv_kernel(
             dp = tl.dot(v, tl.trans(grad), input_precision="tf32x3")
             mixed = None
             if seed_ptr is not None:
-                mixed = mixed_rows(seed, row + queries)[None, :]
+                mixed = dropout_rows(seed_ptr, batch, head, Hq, Sq, queries, PACKED)[None, :]
             kept, _, dz = differentiate(
                 products, dp, lse[None, :], delta[None, :], head_mask_ptr, head_bias_ptr, slope,
                 mixed, queries[None, :], keys[:, None], Sq, key_end, shift, left, right,
@@ -363,7 +361,7 @@ def backward_dbias_kernel(
         row = (batch * Hq + head) * Sq
         mixed = None
         if seed_ptr is not None:
-            mixed = mixed_rows(tl.load(seed_ptr), row + queries)[:, None]
+            mixed = dropout_rows(seed_ptr, batch, head, Hq, Sq, queries, False)[:, None]
         at_q = q_ptr + batch * stride_qb + head * stride_qh
         at_k = k_ptr + batch * stride_kb + head // group * stride_kh
         at_v = v_ptr + batch * stride_vb + head // group * stride_vh

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import dropout
 from .configs import attention_config
-from .dropout import kept_at
+from .dropout import kept_at, mixed_rows
 from .launch import Launch
 from .lazy_triton import jit, load
 
@@ -115,7 +115,7 @@ def locate(
         found = tl.sum(mine.to(tl.int32), 0) > 0
         batch = tl.sum(tl.where(mine, items, 0), 0).to(tl.int64)
         block = tl.sum(tl.where(mine, slot - before, 0), 0)
-        blocks = tl.sum(tl.where(mine, tiles, 0), 0)
+        blocks = tl.maximum(tl.sum(tl.where(mine, tiles, 0), 0), 1)  # a spare slot: block 0 of 1
         q_start, Sq = cut(cu_q_ptr, batch, Sq, found)
         k_start, Sk = cut(cu_k_ptr, batch, Sk, found)
     else:
@@ -130,12 +130,23 @@ def locate(
 
 @jit
 def first_row(batch, head, heads, start, length, total, PACKED: tl.constexpr):
-    """Where a head's rows begin in lse and delta, and in the numbering that dropout goes by."""
+    """Where a head's rows begin in lse and delta."""
     if PACKED:
         row = head * total + start
     else:
         row = (batch * heads + head) * length
     return row
+
+
+@jit
+def dropout_rows(seed_ptr, batch, head, heads, length, queries, PACKED: tl.constexpr):
+    """mixed_rows of these queries, which dropout numbers (batch heads + head) length + query, or
+    batch 2^32 + head length + query when packed: the other sequences do not matter."""
+    if PACKED:
+        row = (batch << 32) + head * length
+    else:
+        row = (batch * heads + head) * length
+    return mixed_rows(tl.load(seed_ptr), row + queries)
 
 
 @jit

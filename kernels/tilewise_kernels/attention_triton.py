@@ -53,6 +53,7 @@ from .attention_tiles_triton import (
     common_arguments,
     count_keys,
     drop,
+    dropout_rows,
     first_row,
     hide,
     key_range,
@@ -62,7 +63,6 @@ from .attention_tiles_triton import (
     store_tile,
     tile_lists,
 )
-from .dropout import mixed_rows
 from .launch import Compilation, Launch, architecture
 from .lazy_triton import jit, load
 
@@ -156,7 +156,7 @@ def forward_kernel(
     row = first_row(batch, head, Hq, q_start, Sq, total_q, PACKED)
     mixed = None
     if seed_ptr is not None:
-        mixed = mixed_rows(tl.load(seed_ptr), row + queries)[:, None]
+        mixed = dropout_rows(seed_ptr, batch, head, Hq, Sq, queries, PACKED)[:, None]
 
     key_end = count_keys(lengths_ptr, batch, stride_lengths, Sk)
     shift = Sk - Sq
@@ -239,8 +239,8 @@ def forward(
     either side of that diagonal it attends, -1 for all. softcap: 0 for none.
 
     Packed: with cu_q, cu_k (int32 or int64 [sequences + 1]) q, k, v are [1, heads, total, dim]
-    views of [total, heads, dim]; out is [total_q, Hq, DV], lse [Hq, total_q], dropout's row
-    h total_q + position; mask, bias and key_lengths are None.
+    views of [total, heads, dim]; out is [total_q, Hq, DV], lse [Hq, total_q]; mask, bias
+    and key_lengths are None. Sequence b drops what it would alone, with seed ^ (b << 32).
 
     A row with no key gives out 0 and lse -inf. A row whose every key has a finite mask below about
     -1e30 gives the plain mean of v, as eager softmax does.

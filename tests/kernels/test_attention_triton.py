@@ -343,6 +343,43 @@ def test_key_lengths_outside_the_keys_are_clamped():
     assert_same_bits(wild, triton_all(arguments, grad_out))
 
 
+# ---- packed sequences --------------------------------------------------------------------------
+
+
+PACKED = [
+    Case("causal", (2, 1), (0, 0), 8, causal=True),
+    Case("softcap, window, dropout", (3, 1), (0, 0), 16, DV=40, softcap=2.0, window=(9, 3),
+         dropout_p=0.3),
+    Case("alibi, causal, half", (2, 2), (0, 0), 16, causal=True, alibi=True, dtype=HALF),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
+def test_packed_sequences_equal_each_by_itself(case):
+    """Within the fences of what is allocated, spare slots included; lengths 0 on either side."""
+    queries, keys = [5, 0, 40, 3], [33, 4, 40, 0]
+    whole, grad_out = make(Case(**vars(case) | {"lengths": (sum(queries), sum(keys))}))
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (queries, keys))
+    packed = whole | {n: whole[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}
+    out, lse = forward(**packed, cu_q=cu_q, cu_k=cu_k)
+    flat = grad_out[0].transpose(0, 1).contiguous()
+    needs = [True, True, True, False]
+    found = backward(flat, out=out, lse=lse, needs=needs, **packed, cu_q=cu_q, cu_k=cu_k)
+    assert all(x.is_contiguous() and not x.isnan().any() for x in (out, lse, *found[:3]))
+    for b in range(4):
+        rows, columns = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        alone = whole | {"q": whole["q"][:, :, rows]}
+        alone |= {n: whole[n][:, :, columns] for n in "kv"}
+        if case.dropout_p:
+            alone["seed"] = whole["seed"] ^ (b << 32)
+        out_b, lse_b, dq, dk, dv = triton_all(alone, grad_out[:, :, rows])
+        assert torch.equal(lse[:, rows], lse_b[0])
+        pairs = [(out, out_b, rows), (found[0], dq, rows)]
+        pairs += [(found[1], dk, columns), (found[2], dv, columns)]
+        for mine, expected, where in pairs:
+            assert torch.equal(mine[where], expected[0].transpose(0, 1))
+
+
 # ---- tiles of a mask ---------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewise_kernels import (
     attention,
+    attention_varlen,
     decode_attention,
     explain,
     feed_forward,
@@ -110,6 +111,24 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
                  qkv(2, 2, 3, 5, 4) | {"v": normal(1, 2, 5, 3), "bias": normal(3, 1)},
                  {"softcap": 2.0, "mask": bool_mask, "return_lse": True})  # fmt: skip
 
+    def packed(tq: int, tk: int, make=normal) -> dict[str, Tensor]:
+        return {"q": make(tq, 2, 4), "k": make(tk, 1, 4), "v": make(tk, 1, 3)}
+
+    def cut(queries: list[int], keys: list[int]) -> dict[str, Tensor]:
+        sizes = {"cu_seqlens_q": queries, "cu_seqlens_k": keys}
+        return {name: torch.tensor([0, *n]).cumsum(0) for name, n in sizes.items()}
+
+    yield Sample(attention_varlen, "plain", packed(5, 6), cut([2, 3], [5, 1]))
+    yield Sample(attention_varlen, "empty", packed(0, 5), cut([0, 0], [2, 3]))
+    yield Sample(
+        attention_varlen, "no keys, lse", packed(3, 0), cut([3], [0]) | {"return_lse": True}
+    )
+    yield Sample(
+        attention_varlen, "strided, causal", packed(6, 6, strided), cut([4, 2], [3, 3]) | causal
+    )
+    bounds = {"window": (1, 0), "softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 0.25])}
+    yield Sample(attention_varlen, "bounds", packed(5, 6), cut([0, 5], [1, 5]) | bounds)
+
     def cached(rows: int, heads: int, sq: int, t: int, make=normal) -> dict[str, Tensor]:
         caches = {name: make(rows, 1, t, 4) for name in ("k_cache", "v_cache")}
         return {"q": make(rows, heads, sq, 4)} | caches
@@ -185,6 +204,14 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
         tensors["bias"] = normal(4, n, n + 1)
         options = {"causal": True, "key_lengths": torch.tensor([n, 3]), "window": (4, 0)}
         return Sample(attention, "", tensors, options | {"alibi_slopes": torch.tensor([0.5] * 4)})
+        return Sample(attention, "", tensors, {"causal": True, "key_lengths": torch.tensor([n, 3])})
+    if function is attention_varlen:
+        lengths = torch.tensor([0, n - 3, n])
+        tensors = {"q": normal(n, 4, 8), "k": normal(n, 2, 8), "v": normal(n, 2, 8)}
+        return Sample(
+            attention_varlen, "", tensors,
+            {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "causal": True},
+        )  # fmt: skip
     if function is decode_attention:
         tensors = {
             "q": normal(2, 4, 1, 8),
