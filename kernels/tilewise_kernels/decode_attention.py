@@ -15,6 +15,7 @@ Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_in
 import torch
 from torch import Tensor
 
+from . import native
 from .attention_cpu import flash_cpu, runs
 from .checks import (
     broadcasts,
@@ -26,7 +27,30 @@ from .checks import (
     matches,
     same_device,
 )
+from .errors import ArgumentError
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
+
+
+def _within(name: str, indices: Tensor, last: int) -> None:
+    """Raise unless every index is within 0..last. A GPU's values are not read: that would stall."""
+    if indices.is_cpu and indices.numel():
+        low, high = (int(n) for n in torch.aminmax(indices))
+        if low < 0 or high > last:
+            raise fail("decode_attention", name, f"{low}..{high}", f"keep it within 0..{last}")
+
+
+def _check_values(
+    k_cache: Tensor, lengths: Tensor, beam_index: Tensor | None, block_table: Tensor | None
+) -> None:
+    """Raise unless the rows, pages and lengths exist. The native way checks as it reads them."""
+    rows, capacity = k_cache.shape[0], k_cache.shape[2]
+    if beam_index is not None:
+        _within("beam_index", beam_index, rows - 1)
+        capacity = beam_index.shape[1]
+    elif block_table is not None:
+        _within("block_table", block_table, rows - 1)
+        capacity *= block_table.shape[1]
+    _within("lengths", lengths, capacity)
 
 
 def _cached(cache: Tensor, beam_index: Tensor | None, block_table: Tensor | None) -> Tensor:
@@ -86,7 +110,7 @@ def _probabilities(
     if bias is not None:
         scores = scores + bias.expand(r, hq, sq, t).unflatten(1, (hkv, -1)).to(k.dtype)
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    dead = ~seen.any(-1)[:, None, None, :, None]
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(scores, -1).masked_fill(dead, 0)
 
 
@@ -119,6 +143,7 @@ def reference(
     bias: Tensor | None,
 ) -> tuple[Tensor]:
     """The definition in torch; left is -1 where the window has no bound."""
+    _check_values(k_cache, lengths, beam_index, block_table)
     k, v = _read(q, k_cache, v_cache, lengths, beam_index, block_table)
     p = _probabilities(q, k, lengths, scale, alibi_slopes, left, bias)
     return ((p @ v[:, :, None]).flatten(1, 2).to(q.dtype).contiguous(),)
@@ -164,6 +189,7 @@ def _torch_forward(
     *rest: object,
 ) -> tuple[Tensor]:
     """torch's CPU flash kernel over the gathered cache; the heads of a group become its queries."""
+    _check_values(k_cache, lengths, beam_index, block_table)
     k, v = (_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache))
     (r, hq, _, d), (hkv, t) = q.shape, k.shape[1:3]
     grouped = q.reshape(r, hkv, hq // hkv, d)
@@ -204,6 +230,21 @@ def _torch_refuses(
     return None
 
 
+def _native_forward(*args: object) -> tuple[Tensor]:
+    try:
+        return (native.op("decode_attention")(*args),)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _native_refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "its sums are float32"
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return "its kernel needs head dims that lie together"
+    return None
+
+
 def cost(q: Tensor, k_cache: Tensor, *_: object) -> Cost:
     """Each row reads its whole cache: T is the capacity, an upper bound on the lengths."""
     r, hq, sq, d = q.shape
@@ -221,6 +262,14 @@ OP = Op(
     "Tensor? beam_index, Tensor? block_table, Tensor? alibi_slopes, Tensor? bias, float scale, "
     "int left) -> (Tensor, Tensor, Tensor, Tensor)",
     implementations=[
+        Implementation(
+            "native",
+            _native_forward,
+            reference_backward,
+            devices=("cpu",),
+            missing=native.missing,
+            refuses=_native_refuses,
+        ),
         Implementation(
             "torch",
             _torch_forward,
@@ -241,16 +290,12 @@ OP = Op(
 )
 
 
-def _check_table(name: str, table: Tensor, q: Tensor, below: int, meaning: str) -> None:
+def _check_table(name: str, table: Tensor, q: Tensor, meaning: str) -> None:
     if not isinstance(table, Tensor) or table.dtype not in (torch.int32, torch.int64):
         raise fail("decode_attention", name, "not an integer tensor", "pass int32 or int64")
     same_device("decode_attention", name, table, "q", q)
     if table.dim() != 2 or table.shape[0] != q.shape[0]:
         raise fail("decode_attention", name, f"of shape {list(table.shape)}", f"pass {meaning}")
-    if table.is_cpu and not torch.compiler.is_compiling() and table.numel():
-        low, high = (int(n) for n in torch.aminmax(table))
-        if low < 0 or high >= below:
-            raise fail("decode_attention", name, f"{low}..{high}", f"keep it within 0..{below - 1}")
 
 
 def decode_attention(
@@ -294,16 +339,16 @@ def decode_attention(
         raise fail(op, "block_table", "given with beam_index", "pass one of the two")
     capacity = t
     if beam_index is not None:
-        _check_table("beam_index", beam_index, q, c, "[rows, positions]")
+        _check_table("beam_index", beam_index, q, "[rows, positions]")
         capacity = beam_index.shape[1]
         if capacity > t:
             raise fail(op, "beam_index", f"{capacity} wide", f"the cache holds {t} positions")
     elif block_table is not None:
-        _check_table("block_table", block_table, q, c, "[rows, pages per row]")
+        _check_table("block_table", block_table, q, "[rows, pages per row]")
         capacity = block_table.shape[1] * t
     elif c != r:
         raise fail(op, "k_cache", f"of {c} rows", f"q has {r}; pass beam_index to read other rows")
-    _check_lengths(lengths, q, capacity)
+    _check_lengths(lengths, q)
     if scale is not None:
         is_number(op, "scale", scale)
     if alibi_slopes is not None:
@@ -331,13 +376,9 @@ def decode_attention(
     )
 
 
-def _check_lengths(lengths: Tensor, q: Tensor, capacity: int) -> None:
+def _check_lengths(lengths: Tensor, q: Tensor) -> None:
     op = "decode_attention"
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         raise fail(op, "lengths", "not an integer tensor", "pass an int32 or int64 torch.Tensor")
     same_device(op, "lengths", lengths, "q", q)
     has_shape(op, "lengths", lengths, (q.shape[0],), "[rows of q]")
-    if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
-        low, high = (int(n) for n in torch.aminmax(lengths))
-        if low < 0 or high > capacity:
-            raise fail(op, "lengths", f"{low}..{high}", f"keep it within 0..{capacity}")
