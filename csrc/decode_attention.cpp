@@ -8,8 +8,8 @@
 //   then each query adds up its tasks: out = sum(e^(peak - top) acc) / sum(e^(peak - top) total)
 //
 // A key is read through a pointer, so that rows, beams and pages are one case. Tasks are numbered
-// with the rows of one head and chunk together: beams read common ancestors while they are in
-// cache. A task knows nothing of the others and sums have one order: the result is the same bits
+// with the heads of one chunk together: where the cache is stored by position they are neighbours
+// in memory. A task knows nothing of the others and sums have one order: the result is the same bits
 // for any number of threads. Accumulates in float32. NaN behaves as in softmax.cpp.
 
 #include "decode_attention.h"
@@ -99,30 +99,86 @@ void locate(const DecodeAttention& args, int64_t row, int64_t head, int64_t begi
   }
 }
 
-// scores[j][i] = q[j] . keys[i] for Q queries.
-template <int Q, typename T>
-void dot(const float* q, int64_t stride, const T* const* keys, int64_t count, int64_t head_dim,
-         float* scores) {
+// The sums of four vectors' lanes.
+void sum_lanes(const Vec* sums, float* out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44),
+                                        _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 halves =
+      _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+  const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+  for (int i = 0; i < 4; ++i) {
+    out[i] = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, sums[i]);
+  }
+#endif
+}
+
+// scores[i] = q . keys[i] for four keys.
+template <typename T>
+void dot(const T* q, const T* const* keys, int64_t head_dim, float* scores) {
   const int64_t whole = head_dim - head_dim % kLanes;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) prefetch(keys[i + kAhead], head_dim);
-    Vec sum[Q];
-    for (int j = 0; j < Q; ++j) sum[j] = Vec(0.0f);
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const Vec key = read(keys[i] + d);
-      for (int j = 0; j < Q; ++j) {
-        sum[j] = at::vec::fmadd(key, Vec::loadu(q + j * stride + d), sum[j]);
-      }
+  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    const Vec query = read(q + d);
+    for (int i = 0; i < 4; ++i) sums[i] = at::vec::fmadd(query, read(keys[i] + d), sums[i]);
+  }
+  if (const int64_t rest = head_dim - whole) {
+    const Vec query = read(q + whole, rest);
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = at::vec::fmadd(query, read(keys[i] + whole, rest), sums[i]);
     }
-    if (whole < head_dim) {
-      const Vec key = read(keys[i] + whole, head_dim - whole);
-      for (int j = 0; j < Q; ++j) {
-        sum[j] = at::vec::fmadd(key, Vec::loadu(q + j * stride + whole), sum[j]);
-      }
+  }
+  sum_lanes(sums, scores);
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+const bool kBFloat16Dot = __builtin_cpu_supports("avx512bf16");
+
+// The same with products of two bfloat16 lanes at a time.
+__attribute__((target("avx512bf16"))) void dot_bf16(const c10::BFloat16* q,
+                                                     const c10::BFloat16* const* keys,
+                                                     int64_t head_dim, float* scores) {
+  __m512 sums[4] = {};
+  for (int64_t d = 0; d < head_dim; d += 32) {
+    const __mmask32 lanes = d + 32 <= head_dim ? ~0u : (1u << (head_dim - d)) - 1;
+    const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(lanes, q + d);
+    for (int i = 0; i < 4; ++i) {
+      const __m512bh key = (__m512bh)_mm512_maskz_loadu_epi16(lanes, keys[i] + d);
+      sums[i] = _mm512_dpbf16_ps(sums[i], query, key);
     }
-    for (int j = 0; j < Q; ++j) {
-      scores[j * kChunk + i] =
-          at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, sum[j]);
+  }
+  const Vec wide[4] = {sums[0], sums[1], sums[2], sums[3]};
+  sum_lanes(wide, scores);
+}
+#endif
+
+// scores[m][i] = queries[m] . keys[i]; up to three more pointers follow the last key.
+template <typename T>
+void dots(const T* const* queries, int64_t shared, const T* const* keys, const T* const* values,
+          int64_t count, int64_t head_dim, float* scores) {
+  for (int64_t i = 0; i < count; i += 4) {
+    for (int64_t j = i; j < std::min(i + 4, count); ++j) {
+      prefetch(keys[std::min(j + kAhead, count - 1)], head_dim);
+      prefetch(values[j], head_dim);  // as fast as memory can: the weights come next
+    }
+    for (int64_t m = 0; m < shared; ++m) {
+#ifdef CPU_CAPABILITY_AVX512
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        if (kBFloat16Dot) {
+          dot_bf16(queries[m], keys + i, head_dim, scores + m * kChunk + i);
+          continue;
+        }
+      }
+#endif
+      dot(queries[m], keys + i, head_dim, scores + m * kChunk + i);
     }
   }
 }
@@ -218,8 +274,8 @@ Weights soften(const DecodeAttention& args, int64_t row, int64_t head, int64_t q
 int64_t partial_size(const DecodeAttention& args) { return padded(args.head_dim) + kLanes; }
 
 template <typename T>
-void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chunk, float* q,
-            float* scores, float* partial) {
+void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chunk, float* scores,
+            float* partial) {
   const int64_t width = padded(args.head_dim), shared = args.group * args.queries;
   const int64_t stride = partial_size(args);
   const int64_t length = args.lengths[row];
@@ -233,17 +289,14 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chun
   const T* keys[kChunk];
   const T* values[kChunk];
   locate(args, row, head, begin, begin + count, keys, values);
-  const T* const own = static_cast<const T*>(args.q) + row * args.q_stride.row;
+  for (int64_t i = count; i % 4 != 0; ++i) keys[i] = keys[count - 1];
+  const T* queries[kMaxShared];
   for (int64_t m = 0; m < shared; ++m) {
-    const T* const from = own + (head * args.group + m / args.queries) * args.q_stride.head +
-                          m % args.queries * args.q_stride.position;
-    for (int64_t d = 0; d < width; ++d) {
-      q[m * width + d] = d < args.head_dim ? static_cast<float>(from[d]) : 0.0f;
-    }
+    queries[m] = static_cast<const T*>(args.q) + row * args.q_stride.row +
+                 (head * args.group + m / args.queries) * args.q_stride.head +
+                 m % args.queries * args.q_stride.position;
   }
-  by_four(shared, [&](auto some, int64_t m) {
-    dot<some()>(q + m * width, width, keys, count, args.head_dim, scores + m * kChunk);
-  });
+  dots(queries, shared, keys, values, count, args.head_dim, scores);
   for (int64_t m = 0; m < shared; ++m) {
     const Weights weights = soften(args, row, head * args.group + m / args.queries,
                                    m % args.queries, begin, count, scores + m * kChunk);
@@ -289,11 +342,11 @@ void decode(const DecodeAttention& args) {
 
   const int64_t work = 2 * shared * args.head_dim * std::min(args.longest, kChunk);
   at::parallel_for(0, pairs * chunks, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    Buffer q(shared * width), scores(shared * kChunk);
+    Buffer scores(shared * kChunk);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % args.rows, chunk = task / args.rows % chunks;
-      const int64_t head = task / args.rows / chunks;
-      attend<T>(args, row, head, chunk, q.data(), scores.data(),
+      const int64_t head = task % args.kv_heads, chunk = task / args.kv_heads % chunks;
+      const int64_t row = task / args.kv_heads / chunks;
+      attend<T>(args, row, head, chunk, scores.data(),
                 partials.data() + ((row * args.kv_heads + head) * chunks + chunk) * step);
     }
   });

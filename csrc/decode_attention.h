@@ -16,6 +16,8 @@ namespace tilewise {
 // table[r, t] at t; page: row table[r, t / page_size] at t % page_size.
 enum class Lookup { own, beam, page };
 
+constexpr int64_t kMaxShared = 64;  // queries that share a key: group * Sq
+
 struct Strides {
   int64_t row, head, position;
 };

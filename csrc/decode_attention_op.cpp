@@ -88,6 +88,9 @@ Tensor decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor
     capacity = args.table_width * (beam_index ? 1 : args.page_size);
   }
   const std::vector<int64_t> used = indices("lengths", lengths, capacity);
+  TORCH_CHECK_VALUE(k.size(1) == 0 || q.size(1) / k.size(1) * q.size(2) <= kMaxShared, kOp,
+                    ": q has ", q.size(1), " heads of ", q.size(2), " queries for ", k.size(1),
+                    " key heads; at most ", kMaxShared, " may share one.");
   const Tensor out = at::zeros(q.sizes(), q.options());
   args.longest = used.empty() ? 0 : *std::max_element(used.begin(), used.end());
   if (out.numel() == 0 || args.longest == 0) return out;

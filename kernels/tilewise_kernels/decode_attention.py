@@ -30,6 +30,8 @@ from .checks import (
 from .errors import ArgumentError
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
+MAX_SHARED = 64  # queries that may share a key head in the native kernel: kMaxShared of csrc
+
 
 def _within(name: str, indices: Tensor, last: int) -> None:
     """Raise unless every index is within 0..last. A GPU's values are not read: that would stall."""
@@ -242,6 +244,8 @@ def _native_refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> 
         return "its sums are float32"
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return "its kernel needs head dims that lie together"
+    if q.shape[1] * q.shape[2] > MAX_SHARED * k_cache.shape[1]:
+        return f"its kernel takes {MAX_SHARED} queries (heads of a group x Sq) for a key head"
     return None
 
 
