@@ -5,6 +5,7 @@
 // checked ranks, shapes and dtypes; what the indices hold is checked here, as they are read.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -91,9 +92,9 @@ Tensor decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor
   TORCH_CHECK_VALUE(k.size(1) == 0 || q.size(1) / k.size(1) * q.size(2) <= kMaxShared, kOp,
                     ": q has ", q.size(1), " heads of ", q.size(2), " queries for ", k.size(1),
                     " key heads; at most ", kMaxShared, " may share one.");
-  const Tensor out = at::zeros(q.sizes(), q.options());
   args.longest = used.empty() ? 0 : *std::max_element(used.begin(), used.end());
-  if (out.numel() == 0 || args.longest == 0) return out;
+  if (q.numel() == 0 || args.longest == 0) return at::zeros(q.sizes(), q.options());
+  const Tensor out = at::empty(q.sizes(), q.options());
 
   args.q = rows_q.const_data_ptr();
   args.k = k.const_data_ptr();
