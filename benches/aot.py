@@ -39,6 +39,7 @@ from tilewise_kernels.launch import Compilation, Launch  # noqa: E402
 
 MODULES = [
     "tilewise_kernels.attention_triton",
+    "tilewise_kernels.decode_attention_triton",
     "tilewise_kernels.layer_norm_triton",
     "tilewise_kernels.linear_act_triton",
     "tilewise_kernels.rotary_triton",

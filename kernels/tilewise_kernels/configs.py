@@ -201,6 +201,39 @@ def attention_config(
     return AttentionConfig(*tiles[ATTENTION_LOADS.index(load)])
 
 
+# -- decode_attention ----------------------------------------------------------------------------
+
+
+class DecodeConfig(NamedTuple):
+    """Queries and positions of a tile, warps, pipeline depth, programs a multiprocessor holds."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+# "half" | "float32" -> padded head dim -> (positions, warps, stages, programs). Tiles were chosen so
+# that ahead-of-time compilation spills no register (but 24 bytes of the fullest float32 row at 256
+# on sm_80) and programs so that their 37 to 68 KB of shared memory fit an sm_90 or sm_100
+# multiprocessor side by side. Not swept on a GPU.
+DECODE: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "half": {32: (128, 4, 3, 4), 64: (64, 4, 3, 4), 128: (64, 4, 2, 4), 256: (32, 4, 2, 4)},
+    "float32": {32: (64, 4, 3, 4), 64: (32, 4, 3, 4), 128: (32, 8, 2, 4), 256: (16, 8, 2, 3)},
+}
+DECODE_INTERPRETED = (16, 4, 1, 2)
+
+
+def decode_config(capability: int, dtype: torch.dtype, head_dim: int, queries: int) -> DecodeConfig:
+    """The tile of the split kernel; `queries` share a key head. capability: 0 interprets."""
+    block_m = min(64, max(16, 1 << (queries - 1).bit_length()))
+    if capability == 0:
+        return DecodeConfig(block_m, *DECODE_INTERPRETED)
+    width = max(32, 1 << (head_dim - 1).bit_length())
+    return DecodeConfig(block_m, *DECODE["float32" if dtype == torch.float32 else "half"][width])
+
+
 # -- layer_norm ----------------------------------------------------------------------------------
 
 

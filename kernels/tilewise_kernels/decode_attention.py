@@ -12,10 +12,12 @@ Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_in
 [R, pages per row] int32; alibi_slopes [Hq]; bias broadcasts to [R, Hq, Sq, T]; out [R, Hq, Sq, D].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import native
+from . import lazy_triton, native
 from .attention_cpu import flash_cpu, runs
 from .checks import (
     broadcasts,
@@ -28,6 +30,7 @@ from .checks import (
     same_device,
 )
 from .errors import ArgumentError
+from .launch import architecture
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 MAX_SHARED = 64  # queries that may share a key head in the native kernel: kMaxShared of csrc
@@ -249,6 +252,24 @@ def _native_refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> 
     return None
 
 
+def _triton_forward(*args: Any) -> tuple[Tensor]:
+    from . import decode_attention_triton
+
+    return (decode_attention_triton.forward(*args),)
+
+
+def _triton_refuses(q: Tensor, *_: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "its matrix products have no float64"
+    if not 1 <= q.shape[3] <= 256:
+        return f"head dim {q.shape[3]} is outside 1..256"
+    if 0 < architecture(q.device) < 80:
+        return f"its block sizes are for sm_80 and newer, this is sm_{architecture(q.device)}"
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
 def cost(q: Tensor, k_cache: Tensor, *_: object) -> Cost:
     """Each row reads its whole cache: T is the capacity, an upper bound on the lengths."""
     r, hq, sq, d = q.shape
@@ -266,6 +287,14 @@ OP = Op(
     "Tensor? beam_index, Tensor? block_table, Tensor? alibi_slopes, Tensor? bias, float scale, "
     "int left) -> (Tensor, Tensor, Tensor, Tensor)",
     implementations=[
+        Implementation(
+            "triton",
+            _triton_forward,
+            reference_backward,
+            devices=("cuda",),
+            missing=lazy_triton.missing,
+            refuses=_triton_refuses,
+        ),
         Implementation(
             "native",
             _native_forward,
