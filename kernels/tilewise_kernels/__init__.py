@@ -5,11 +5,13 @@ from .attention_varlen import attention_varlen
 from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
+from .linear import PackedLinear, linear, pack_linear
 from .op import explain, force, record
 from .rotary import rotary
 from .softmax import softmax
 
 __all__ = [
+    "PackedLinear",
     "attention",
     "attention_varlen",
     "decode_attention",
@@ -17,7 +19,9 @@ __all__ = [
     "feed_forward",
     "force",
     "layer_norm",
+    "linear",
     "linear_act",
+    "pack_linear",
     "record",
     "rotary",
     "softmax",

@@ -48,6 +48,10 @@ def _nothing(*_: object) -> Reason:
     return None
 
 
+def _no_backward(*_: object) -> Any:
+    raise NotImplementedError("this op has no gradient")
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
@@ -60,7 +64,7 @@ class Implementation:
 
     name: str
     forward: Callable[..., Outputs]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]] = _no_backward
     devices: tuple[str, ...] = ("cpu", "cuda")
     missing: Callable[[], Reason] = _nothing
     refuses: Callable[..., Reason] = _nothing
@@ -177,7 +181,9 @@ def _needs_ready(tensor: Tensor) -> bool:
 class Op:
     """A named op with its ways to run it.
 
-    schema, backward_schema: torch.library argument and return text. The backward's arguments are
+    schema, backward_schema: torch.library argument and return text. Without a backward_schema (and
+        fake_backward, save, inputs_with_grad) the op is for inference only, and its public function
+        raises where a gradient would be needed. The backward's arguments are
         (grad of each differentiable output, *saved tensors, *saved constants); a trailing
         `bool[] needs` (which gradients are wanted) and `str implementation` are appended here.
     fake(*args), fake_backward(*args): outputs with the right shape and dtype and no data. They are
@@ -193,13 +199,13 @@ class Op:
         name: str,
         *,
         schema: str,
-        backward_schema: str,
         implementations: Sequence[Implementation],
         fake: Callable[..., Any],
-        fake_backward: Callable[..., Outputs],
-        save: Callable[..., tuple[Sequence[Tensor | None], Sequence[Any]]],
-        inputs_with_grad: Sequence[int],
         cost: Callable[..., Cost],
+        backward_schema: str | None = None,
+        fake_backward: Callable[..., Outputs] = _no_backward,
+        save: Callable[..., tuple[Sequence[Tensor | None], Sequence[Any]]] = _no_backward,
+        inputs_with_grad: Sequence[int] = (),
         outputs_with_grad: int = 1,
     ) -> None:
         self.name = name
@@ -209,7 +215,9 @@ class Op:
         self.outputs_with_grad = outputs_with_grad
         self.cost = cost
         self._fake_backward = fake_backward
-        self._register(schema, backward_schema, fake)
+        self._register(schema, fake)
+        if backward_schema is not None:
+            self._register_backward(backward_schema)
         self._eager_function = _eager_function(self)
         _ops[name] = self
 
@@ -299,17 +307,24 @@ class Op:
 
     # -- registration with torch.library ---------------------------------------------------------
 
-    def _register(self, schema: str, backward_schema: str, fake: Callable[..., Any]) -> None:
-        name, backward_name = self.name, f"{self.name}_backward"
+    def _register(self, schema: str, fake: Callable[..., Any]) -> None:
+        name = self.name
         _library.define(name + schema)
-        arguments, _, returns = backward_schema.rpartition(") ->")
-        _library.define(
-            f"{backward_name}{arguments}, bool[] needs, str implementation) ->{returns}"
-        )
 
         def forward(*args: Any) -> Any:
             outputs = tuple(output.contiguous() for output in self._run(*args))
             return outputs if len(outputs) > 1 else outputs[0]
+
+        _library.impl(name, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
+        self._registered = getattr(torch.ops.tilewise, name)
+
+    def _register_backward(self, backward_schema: str) -> None:
+        name, backward_name = self.name, f"{self.name}_backward"
+        arguments, _, returns = backward_schema.rpartition(") ->")
+        _library.define(
+            f"{backward_name}{arguments}, bool[] needs, str implementation) ->{returns}"
+        )
 
         def backward(*args: Any) -> Any:
             *inner, needs, _ = args
@@ -330,11 +345,8 @@ class Op:
             )
             return kept if len(kept) > 1 else kept[0]
 
-        _library.impl(name, forward, "CompositeExplicitAutograd")
         _library.impl(backward_name, backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
         torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
-        self._registered = getattr(torch.ops.tilewise, name)
         registered_backward = getattr(torch.ops.tilewise, backward_name)
 
         def keep(ctx: Any, inputs: Any, output: Any) -> None:
