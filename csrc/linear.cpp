@@ -15,6 +15,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <c10/util/bit_cast.h>
 
 #include <algorithm>
 #include <array>
@@ -177,9 +178,7 @@ float quantise_row(const X* x, int64_t k, int64_t padded, uint8_t* to) {
     const __m512i value = _mm512_castps_si512(read(x + i, first_lanes(k - i)));
     bits = _mm512_max_epi32(bits, _mm512_and_si512(value, magnitude));
   }
-  const int32_t top = _mm512_reduce_max_epi32(bits);
-  float largest;
-  std::memcpy(&largest, &top, 4);
+  const float largest = c10::bit_cast<float>(_mm512_reduce_max_epi32(bits));
   const bool plain = std::isfinite(largest) && largest >= kTiny;
   const __m512 factor = _mm512_set1_ps(plain ? 127.f / largest : 0.f);
   for (int64_t i = 0; i < padded; i += 16) {
@@ -219,14 +218,14 @@ template <typename X>
 void finish(const Linear& args, const int32_t* sums, int64_t row, int64_t rows, int64_t column) {
   for (int64_t c = column; c < std::min(column + kPanel, args.n); c += 16) {
     const __mmask16 lanes = first_lanes(args.n - c);
-    const bool whole = args.dtype == at::kChar;
+    const bool int8 = args.dtype == at::kChar;
     const __m512 zero = _mm512_setzero_ps();
-    const __m512 scale = whole ? _mm512_maskz_loadu_ps(lanes, args.scale + c) : zero;
-    const __m512 bias = whole && args.bias ? _mm512_maskz_loadu_ps(lanes, args.bias + c) : zero;
+    const __m512 scale = int8 ? _mm512_maskz_loadu_ps(lanes, args.scale + c) : zero;
+    const __m512 bias = int8 && args.bias ? _mm512_maskz_loadu_ps(lanes, args.bias + c) : zero;
     for (int64_t r = 0; r < rows; ++r) {
       const __m512i bits = _mm512_loadu_si512(sums + r * kPanel + (c - column));
       __m512 value = _mm512_castsi512_ps(bits);
-      if (whole) {
+      if (int8) {
         const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(args.row_scale[row + r]));
         value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), unit, bias);
       }
