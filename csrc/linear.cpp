@@ -5,8 +5,9 @@
 // A step multiplies one word of each of R rows with the 48 words of a panel: 3 loads, R broadcasts
 // and 3 R multiply-adds into 3 R <= 24 registers, the same for the three dtypes, which differ in
 // the multiply-add alone: 1, 2 or 4 products a lane. Tasks are panels times groups of 64 rows; the
-// steps go in chunks whose weights stay in L2 while all rows of the group pass over them, fetching
-// the next chunk meanwhile. Each sum is made in the order of k, whatever the rows and threads.
+// steps go in chunks whose weights stay in L2 while all rows of the group pass over them. Panels
+// follow each other in memory, so that the CPU fetches ahead by itself: asking it to gained nothing
+// at 32 rows and lost at 4. Each sum is made in the order of k, whatever the rows and threads.
 //
 // Memory: each panel is read once for 64 rows, x once per panel from cache, y is written once.
 
@@ -75,11 +76,10 @@ struct Int8 {
 
 // ---- the micro-kernel -------------------------------------------------------------------------
 
-// `steps` steps of R rows with one panel, on top of the sums [R][48]. x_stride in bytes. Each step
-// asks for one cache line of `ahead`.
+// `steps` steps of R rows with one panel, on top of the sums [R][48]. x_stride in bytes.
 template <typename W, int R>
 TILEWISE_DOT void block(const char* x, int64_t x_stride, const int32_t* w, int64_t steps,
-                        int32_t* sums, const int32_t* ahead) {
+                        int32_t* sums) {
   typename W::Sum sum[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -90,7 +90,6 @@ TILEWISE_DOT void block(const char* x, int64_t x_stride, const int32_t* w, int64
     __m512i weights[kVectors];
 #pragma GCC unroll 3
     for (int c = 0; c < kVectors; ++c) weights[c] = _mm512_loadu_si512(w + k * kPanel + c * 16);
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + k * 16), _MM_HINT_T1);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t word;
@@ -107,7 +106,7 @@ TILEWISE_DOT void block(const char* x, int64_t x_stride, const int32_t* w, int64
   }
 }
 
-using Block = void (*)(const char*, int64_t, const int32_t*, int64_t, int32_t*, const int32_t*);
+using Block = void (*)(const char*, int64_t, const int32_t*, int64_t, int32_t*);
 
 template <typename W, int... R>
 constexpr std::array<Block, sizeof...(R)> blocks_of(std::integer_sequence<int, R...>) {
@@ -124,10 +123,8 @@ void multiply(const char* x, int64_t x_stride, int64_t rows, const int32_t* w, i
     const int64_t steps = std::min(kChunk, words - k);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = rows * b / blocks, last = rows * (b + 1) / blocks;
-      // The first three blocks fetch a third each of the next chunk, which lies behind this one.
-      const int32_t* ahead = w + (k + steps) * kPanel + std::min<int64_t>(b, 2) * steps * 16;
       kBlocks[last - first - 1](x + first * x_stride + k * 4, x_stride, w + k * kPanel, steps,
-                                sums + first * kPanel, ahead);
+                                sums + first * kPanel);
     }
   }
 }
@@ -250,7 +247,7 @@ void run(const Linear& args) {
       const int64_t panel = task / groups, group = task % groups;
       const int64_t row = args.m * group / groups;
       const int64_t rows = args.m * (group + 1) / groups - row;
-      const int32_t* start = static_cast<const int32_t*>(args.panels) + panel * (1 + words) * kPanel;
+      const auto* start = static_cast<const int32_t*>(args.panels) + panel * (1 + words) * kPanel;
       for (int64_t r = 0; r < rows; ++r) std::memcpy(sums + r * kPanel, start, kPanel * 4);
       multiply<W>(x + row * x_stride, x_stride, rows, start + kPanel, words, sums);
       finish<X>(args, sums, row, rows, panel * kPanel);
