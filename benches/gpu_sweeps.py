@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention_triton, configs, layer_norm_triton, linear_act_triton
+from tilewise_kernels import attention_triton, configs, linear_act_triton, norm_triton
 from tilewise_kernels.attention_backward_triton import backward_launches
 from tilewise_kernels.attention_tiles_triton import Call
 from tilewise_kernels.launch import Launch
@@ -160,7 +160,7 @@ def norm_knob(kernel: str, columns: int, small: bool) -> Knob:
 
 
 def norm_launch(kernel: str, device: str, columns: int, small: bool) -> Launch:
-    layer_norm_triton.load(vars(layer_norm_triton))
+    norm_triton.load(vars(norm_triton))
     m = 32 if small else 32768
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
@@ -172,10 +172,10 @@ def norm_launch(kernel: str, device: str, columns: int, small: bool) -> Launch:
     mean, rstd = torch.zeros(m, 1, device=device), torch.ones(m, 1, device=device)
     if kernel == "forward":
         outputs = (y, x.new_empty(0), mean, rstd)
-        return layer_norm_triton.forward_launch(x, None, weight, bias, 1e-5, outputs)
-    programs = 264 if device == "meta" else layer_norm_triton.partial_rows(m, columns, x.device)
+        return norm_triton.forward_launch(x, None, weight, bias, 1e-5, outputs)
+    programs = 264 if device == "meta" else norm_triton.partial_rows(m, columns, x.device)
     partial: list[Any] = list(torch.empty(2, programs, columns, device=device))
-    launches = layer_norm_triton.backward_launches(grad, None, x, weight, mean, rstd, ds, partial)
+    launches = norm_triton.backward_launches(grad, None, x, weight, mean, rstd, ds, partial)
     return next(iter(launches))
 
 

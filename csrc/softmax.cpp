@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <new>
 
 #include "vectors.h"
 
@@ -23,22 +22,6 @@ namespace tilewise::CPU_CAPABILITY {
 namespace {
 
 // ---- rows -------------------------------------------------------------------------------------
-
-// One row in the accumulation type, with room to round its length up to whole vectors.
-template <typename A>
-class RowBuffer {
- public:
-  explicit RowBuffer(int64_t columns)
-      : data_(static_cast<A*>(::operator new((columns + kLanes<A>) * sizeof(A), kAlignment))) {}
-  ~RowBuffer() { ::operator delete(data_, kAlignment); }
-  RowBuffer(const RowBuffer&) = delete;
-  RowBuffer& operator=(const RowBuffer&) = delete;
-  A* data() { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  A* data_;
-};
 
 // A row with column stride 1: `row` itself, or a copy in `gathered`.
 template <typename T>

@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #include "floats.h"
@@ -23,6 +24,22 @@ constexpr int64_t kLanes = Vectorized<A>::size();
 
 // Work per task, in elements: below this a second thread costs more than it gives.
 constexpr int64_t kGrain = 8192;
+
+// One row in the accumulation type, with room to round its length up to whole vectors.
+template <typename A>
+class RowBuffer {
+ public:
+  explicit RowBuffer(int64_t columns)
+      : data_(static_cast<A*>(::operator new((columns + kLanes<A>) * sizeof(A), kAlignment))) {}
+  ~RowBuffer() { ::operator delete(data_, kAlignment); }
+  RowBuffer(const RowBuffer&) = delete;
+  RowBuffer& operator=(const RowBuffer&) = delete;
+  A* data() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  A* data_;
+};
 
 // body(T()) for the C++ type T of `dtype`.
 template <typename Body>

@@ -8,6 +8,7 @@ from .layer_norm import layer_norm
 from .linear import PackedLinear, linear, pack_linear
 from .op import explain, force, record
 from .rotary import rotary
+from .rms_norm import rms_norm
 from .softmax import softmax
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "pack_linear",
     "record",
     "rotary",
+    "rms_norm",
     "softmax",
 ]

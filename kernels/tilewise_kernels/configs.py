@@ -251,16 +251,21 @@ NORM = {
     "forward": ((256, 16, 4), (512, 8, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4),
                 (8192, 1, 8), (16384, 1, 16)),
     "backward": ((256, 16, 8), (512, 8, 8), (1024, 4, 8), (2048, 2, 8), (4096, 1, 8),
-                 (8192, 1, 16), (16384, 1, 32)),
+                 (8192, 1, 16)),
 }  # fmt: skip
-NORM_WEIGHT = NormConfig(16, 256, 8)
+# the kernels that walk over their rows, or down a strip of columns, in blocks
+NORM_BLOCKS = {
+    "forward_long": NormConfig(1, 8192, 16),
+    "backward_long": NormConfig(1, 8192, 16),
+    "weight": NormConfig(16, 256, 8),
+}
 
 
 def norm_config(kernel: str, columns: int) -> NormConfig:
-    """The tile for rows of `columns` elements (1 to 16384): whole rows, padded to a power of two,
-    except for the kernel "weight", which walks down a strip of columns."""
-    if kernel == "weight":
-        return NORM_WEIGHT
+    """The tile for rows of `columns` elements: whole rows, padded to a power of two, for "forward"
+    (up to 16384) and "backward" (up to 8192); blocks of columns for the other kernels."""
+    if kernel in NORM_BLOCKS:
+        return NORM_BLOCKS[kernel]
     block = max(16, 1 << (columns - 1).bit_length())
     rows, warps = next(entry[1:] for entry in NORM[kernel] if block <= entry[0])
     return NormConfig(rows, block, warps)

@@ -26,6 +26,7 @@ from tilewise_kernels import (
     layer_norm,
     linear_act,
     rotary,
+    rms_norm,
     softmax,
 )
 
@@ -37,6 +38,7 @@ OPS = sorted(
 )
 INFERENCE_ONLY = {"linear"}  # most of what follows asks for gradients: their own files test them
 FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm"}  # as the torch functions of the same name
+FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm", "rms_norm"}  # as the torch functions of the same name
 
 # ---- samples -----------------------------------------------------------------------------------
 
@@ -156,6 +158,16 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(layer_norm, "residual, prenorm", norm(3, 8) | {"residual": normal(3, 8)},
                  {"prenorm": True})  # fmt: skip
 
+    def rms(*shape: int, make=normal) -> dict[str, Tensor]:
+        return {"x": make(*shape), "weight": normal(shape[-1])}
+
+    yield Sample(rms_norm, "plain", rms(3, 8))
+    yield Sample(rms_norm, "empty", rms(0, 8))
+    yield Sample(rms_norm, "strided", rms(2, 3, 7, make=strided))
+    yield Sample(rms_norm, "no weight", {"x": normal(3, 8)})
+    yield Sample(rms_norm, "residual, prenorm", rms(3, 8) | {"residual": normal(3, 8)},
+                 {"prenorm": True})  # fmt: skip
+
     def linear(m: int, k: int, n: int, make=normal) -> dict[str, Tensor]:
         return {"x": make(m, k), "weight": make(n, k), "bias": normal(n)}
 
@@ -224,6 +236,9 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
     if function is layer_norm:
         tensors = {"x": normal(2, n, 8), "weight": normal(8), "residual": normal(2, n, 8)}
         return Sample(layer_norm, "", tensors, {"prenorm": True})
+    if function is rms_norm:
+        tensors = {"x": normal(2, n, 8), "weight": normal(8), "residual": normal(2, n, 8)}
+        return Sample(rms_norm, "", tensors, {"prenorm": True})
     if function is linear_act:
         return Sample(
             linear_act, "", {"x": normal(2, n, 8), "weight": normal(6, 8), "bias": normal(6)}
