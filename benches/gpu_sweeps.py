@@ -154,7 +154,7 @@ def norm_knob(kernel: str, columns: int, small: bool) -> Knob:
         candidates,
         put,
         lambda device: norm_launch(kernel, device, columns, small),
-        "y_ptr" if kernel == "forward" else "ds_ptr",
+        "y_ptr" if kernel == "forward" else "dx_ptr",
         lambda values: str((columns, *values)),
     )
 
@@ -168,15 +168,20 @@ def norm_launch(kernel: str, device: str, columns: int, small: bool) -> Launch:
         torch.randn(m, columns, generator=generator, device=device).to(dtype) for _ in range(2)
     )
     weight, bias = torch.ones(2, columns, dtype=dtype, device=device)
-    y, ds = torch.empty_like(x), torch.empty_like(x)
+    y, dx = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = torch.zeros(m, 1, device=device), torch.ones(m, 1, device=device)
     if kernel == "forward":
         outputs = (y, x.new_empty(0), mean, rstd)
-        return norm_triton.forward_launch(x, None, weight, bias, 1e-5, outputs)
+        return norm_triton.forward_launch(
+            x, None, weight, bias, None, 1e-5, 0.0, outputs, rms=False
+        )
     programs = 264 if device == "meta" else norm_triton.partial_rows(m, columns, x.device)
     partial: list[Any] = list(torch.empty(2, programs, columns, device=device))
-    launches = norm_triton.backward_launches(grad, None, x, weight, mean, rstd, ds, partial)
-    return next(iter(launches))
+    return next(
+        norm_triton.backward_launches(
+            grad, None, x, weight, mean, rstd, None, 0.0, dx, None, partial
+        )
+    )
 
 
 # -- linear_act ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 // Shapes: x, residual, grad, grad_s, s [..., N] of any strides; weight, bias [N]; mean, rstd
 // [..., 1]; seed [1].
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -115,13 +116,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   if (weight && bias) check_same_dtype(kOp, "bias", *bias, "weight", *weight);
 
   const auto wide = x.options().dtype(wide_type(x));
-  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto none = [&] { return at::detail::empty_cpu({0}, x.options()); };
   at::DimVector row_shape(x.sizes());
   row_shape.back() = 1;
   const Tensor y = at::empty(x.sizes(), x.options());
   wants_sum = wants_sum && (residual || seed);
-  const Tensor s = wants_sum ? at::empty(x.sizes(), residual ? residual->options() : x.options())
-                             : none();
+  const Tensor s =
+      wants_sum ? at::empty(x.sizes(), (residual ? *residual : x).options()) : none();
   const Tensor mean = wants_statistics && !rms ? at::empty(row_shape, wide) : none();
   const Tensor rstd = wants_statistics ? at::empty(row_shape, wide) : none();
   const int64_t columns = x.size(-1);

@@ -249,7 +249,7 @@ class NormConfig(NamedTuple):
 # tile, so that a program has enough loads in flight; backward also holds two float32 sums.
 NORM = {
     "forward": ((256, 16, 4), (512, 8, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4),
-                (8192, 1, 8), (16384, 1, 16)),
+                (8192, 1, 8), (16384, 1, 32)),
     "backward": ((256, 16, 8), (512, 8, 8), (1024, 4, 8), (2048, 2, 8), (4096, 1, 8),
                  (8192, 1, 16)),
 }  # fmt: skip

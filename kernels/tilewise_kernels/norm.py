@@ -136,9 +136,17 @@ def torch_way(
 
 
 def _native_way(rms: bool) -> Implementation:
-    def forward(x: Tensor, *args: Any) -> Outputs:
-        *operands, wants_sum, wants_statistics = args
-        return native.op("norm_forward")(x, *operands, rms, wants_sum, wants_statistics)
+    def forward(
+        x: Tensor,
+        residual: Any,
+        weight: Any,
+        bias: Any,
+        seed: Any,
+        eps: float,
+        p: float,
+        *keep: bool,
+    ) -> Outputs:
+        return native.op("norm_forward")(x, residual, weight, bias, seed, eps, p, rms, *keep)
 
     def gradients(*args: Any) -> Gradients:
         *tensors, _, weight_dtype, dropout_p, needs = args
@@ -174,16 +182,13 @@ def _fake(
     *,
     rms: bool,
 ) -> Outputs:
-    like = x if residual is None else residual
-    has_sum = wants_sum and (residual is not None or seed is not None)
-    wide = {"dtype": accumulator(x.dtype)}
-    shape = (*x.shape[:-1], 1)
-    return (
-        x.new_empty(x.shape),
-        like.new_empty(like.shape) if has_sum else x.new_empty(0),
-        x.new_empty(shape, **wide) if wants_statistics and not rms else x.new_empty(0),
-        x.new_empty(shape, **wide) if wants_statistics else x.new_empty(0),
-    )
+    s, mean, rstd = (x.new_empty(0) for _ in range(3))
+    if wants_sum and (residual is not None or seed is not None):
+        s = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
+    if wants_statistics:
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=accumulator(x.dtype))
+        mean = mean if rms else torch.empty_like(rstd)
+    return x.new_empty(x.shape), s, mean, rstd
 
 
 def _fake_backward(grad: Any, grad_s: Any, s: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -239,21 +244,30 @@ def norm_op(name: str, *, rms: bool, flops: tuple[int, int], torch_ways: list) -
 
 
 def _check_operand(
-    op: str, name: str, tensor: Tensor, x: Tensor, shape: torch.Size, meaning: str
+    op: str, name: str, tensor: Tensor | None, x: Tensor, shape: torch.Size, meaning: str
 ) -> None:
     """Raise unless an optional operand is a float tensor of this shape, where x is."""
+    if tensor is None or (
+        isinstance(tensor, Tensor)  # the usual case, quickly
+        and tensor.shape == shape
+        and tensor.dtype == x.dtype
+        and tensor.device == x.device
+        and tensor.layout == x.layout
+    ):
+        return
     is_float_tensor(op, name, tensor)
     has_shape(op, name, tensor, shape, meaning)
     if tensor.device != x.device:
         raise fail(op, name, f"on {tensor.device}", f"move it to {x.device}, where x is")
 
 
-def _check_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_dtype(op: str, name: str, tensor: Tensor | None, x: Tensor) -> None:
     """Raise unless the dtype is x's, or float32 over a half-precision x."""
-    if tensor.dtype == x.dtype or (tensor.dtype == torch.float32 and x.dtype in HALF):
+    if tensor is None or tensor.dtype == x.dtype:
         return
-    takes = f"x is {x.dtype}: pass {x.dtype}" + " or torch.float32" * (x.dtype in HALF)
-    raise fail(op, name, tensor.dtype, takes)
+    if tensor.dtype != torch.float32 or x.dtype not in HALF:
+        takes = f"x is {x.dtype}: pass {x.dtype}" + " or torch.float32" * (x.dtype in HALF)
+        raise fail(op, name, tensor.dtype, takes)
 
 
 def _trains(tensors: Sequence[Tensor | None]) -> bool:
@@ -284,24 +298,19 @@ def normalise(
     is_flag(name, "prenorm", prenorm)
     if eps < 0:
         raise fail(name, "eps", eps, "pass 0 or more")
-    if residual is not None:
-        _check_operand(name, "residual", residual, x, x.shape, "the shape of x")
-    if weight is not None:
-        _check_operand(name, "weight", weight, x, x.shape[-1:], "the last dim of x")
-    if bias is not None:
-        _check_operand(name, "bias", bias, x, x.shape[-1:], "the last dim of x")
+    width = x.shape[-1:]
+    _check_operand(name, "residual", residual, x, x.shape, "the shape of x")
+    _check_operand(name, "weight", weight, x, width, "the last dim of x")
+    _check_operand(name, "bias", bias, x, width, "the last dim of x")
     if autocast_dtype(x.device) is not None and x.dtype != torch.float64:
         x = x.float()
         residual = cast(residual, torch.float32)
         weight, bias = cast(weight, torch.float32), cast(bias, torch.float32)
-    if residual is not None:
-        _check_dtype(name, "residual", residual, x)
-    if weight is not None:
-        _check_dtype(name, "weight", weight, x)
-    if bias is not None:
-        _check_dtype(name, "bias", bias, x)
-        if weight is not None and weight.dtype != bias.dtype:
-            raise fail(name, "bias", bias.dtype, f"weight is {weight.dtype}; cast one")
+    _check_dtype(name, "residual", residual, x)
+    _check_dtype(name, "weight", weight, x)
+    _check_dtype(name, "bias", bias, x)
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise fail(name, "bias", bias.dtype, f"weight is {weight.dtype}; cast one")
     seed = draw_seed(x.device) if dropout_p > 0 else None
     trains = _trains((x, residual, weight, bias))
     flags = prenorm or trains, trains

@@ -399,8 +399,9 @@ def backward_launches(
     programs = next((p.shape[0] for p in partial if p is not None), partial_rows(M, N, s.device))
     common = {"grad_ptr": grad, "s_ptr": s, "mean_ptr": mean, "rstd_ptr": rstd, "M": M, "N": N}
     common |= {**_strides("g", grad), **_strides("s", s)}
-    sums = {"dweight_ptr": partial[0], "dbias_ptr": partial[1], "programs": programs}
-    rows = {"grad_s_ptr": grad_s, "weight_ptr": weight, "dx_ptr": dx, "ds_ptr": ds}
+    sums: dict[str, Any] = {"dweight_ptr": partial[0], "dbias_ptr": partial[1]}
+    sums["programs"] = programs
+    rows: dict[str, Any] = {"grad_s_ptr": grad_s, "weight_ptr": weight, "dx_ptr": dx, "ds_ptr": ds}
     rows |= {**_dropout(seed, dropout_p), **_strides("h", grad_s)}
     if N <= SUM_COLUMNS:
         tile, options = _tile("backward", M, N)
@@ -454,15 +455,15 @@ def forward(
     rms: bool,
 ) -> Outputs:
     load(globals())
-    like = x if residual is None else residual
     has_sum = wants_sum and (residual is not None or seed is not None)
     statistics = (*x.shape[:-1], 1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = torch.empty(x.shape if has_sum else 0, dtype=like.dtype, device=x.device)
-    mean, rstd = (
-        x.new_empty(statistics if wanted else 0, dtype=torch.float32)
-        for wanted in (wants_statistics and not rms, wants_statistics)
-    )
+    s, mean, rstd = (x.new_empty(0) for _ in range(3))
+    if has_sum:
+        s = torch.empty(x.shape, dtype=(x if residual is None else residual).dtype, device=x.device)
+    if wants_statistics:
+        mean = mean if rms else x.new_empty(statistics, dtype=torch.float32)
+        rstd = x.new_empty(statistics, dtype=torch.float32)
     if x.numel() == 0:
         return y, s, mean.fill_(torch.nan), rstd.fill_(torch.nan)  # N = 0: the mean of nothing
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))

@@ -16,6 +16,7 @@ from tilewise.layers import (
     LayerCache,
     LayerNorm,
     MultiHeadAttention,
+    RMSNorm,
     TransformerLayer,
     sinusoids,
 )
@@ -101,6 +102,32 @@ def test_layer_norm_without_affine() -> None:
 def test_layer_norm_over_several_dims_is_refused_and_not_wrong() -> None:
     with pytest.raises(ArgumentError, match="last dim"):
         LayerNorm((S, SIZE))
+    with pytest.raises(ArgumentError, match="last dim"):
+        RMSNorm((S, SIZE))
+
+
+# ---- RMSNorm -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-3, None])
+def test_rms_norm_is_torchs(eps: float | None) -> None:
+    theirs, ours = randomise(nn.RMSNorm(SIZE, eps=eps)), RMSNorm(SIZE, eps=eps)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, residual = inputs((R, S, SIZE), (R, S, SIZE))
+    assert_equal_runs(ours, theirs, ours, theirs, [x])
+    assert_equal_runs(
+        lambda x, r: ours(x, residual=r), lambda x, r: theirs(x + r), ours, theirs, [x, residual]
+    )
+    y, s = ours.add(x, residual)
+    torch.testing.assert_close(s, x + residual, rtol=0, atol=0)
+    torch.testing.assert_close(y, theirs(x + residual), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rms_norm_has_torchs_own_eps(dtype: torch.dtype) -> None:
+    x = (1e-4 * inputs((R, S, SIZE))[0]).to(dtype)
+    ours = RMSNorm(SIZE, elementwise_affine=False)
+    torch.testing.assert_close(ours(x), nn.functional.rms_norm(x, (SIZE,)))
 
 
 # ---- MultiHeadAttention ------------------------------------------------------------------------
@@ -368,6 +395,7 @@ def layers() -> dict[str, tuple[nn.Module, list[Tensor]]]:
     post = config(norm_position="post")
     return {
         "norm": (LayerNorm(SIZE), [x]),
+        "rms_norm": (RMSNorm(SIZE), [x]),
         "attention": (MultiHeadAttention(SIZE, HEADS, 2), [x]),
         "feed_forward": (FeedForward(SIZE, FFN), [x]),
         "pre": (TransformerLayer(config(norm_position="pre")), [x]),

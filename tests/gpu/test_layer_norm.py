@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewise_kernels import force, layer_norm
+from tilewise_kernels.dropout import draw_seed, kept
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -49,7 +50,7 @@ def test_accuracy(columns: int, dtype: torch.dtype, accurate, normal, pick) -> N
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_residual_accuracy(columns: int, dtype: torch.dtype, accurate, normal, pick) -> None:
     dtype = pick(dtype, HALF if dtype == BF16 else dtype)
-    tensors = make(normal, pick(300, 19), columns, dtype)
+    tensors = make(normal, pick(300, 9), columns, dtype)
     tensors["residual"] = normal(*tensors["x"].shape, dtype=dtype)
     accurate(forced, eager, tensors)
     both = make(normal, 9, columns, dtype) | {"residual": tensors["residual"][:9]}
@@ -60,10 +61,12 @@ def test_residual_accuracy(columns: int, dtype: torch.dtype, accurate, normal, p
     )
 
 
-@pytest.mark.parametrize("columns", [768, 16384, 20000, 131072])
-def test_unforced_accuracy(columns: int, accurate, normal) -> None:
-    """16384 columns are the most of the Triton kernels; the choice must cover what lies above."""
-    accurate(lambda t: layer_norm(**t), eager, make(normal, 7, columns, FLOAT))
+@pytest.mark.parametrize("columns", [16385, 65537, 131072])
+def test_long_rows(columns: int, accurate, normal, pick) -> None:
+    """Above 16384 columns the kernels walk over the row in blocks."""
+    tensors = make(normal, pick(7, 2), columns, FLOAT)
+    tensors["residual"] = normal(*tensors["x"].shape)
+    accurate(forced, eager, tensors)
 
 
 def test_without_parameters(accurate, normal, pick) -> None:
@@ -128,6 +131,24 @@ def test_backward_repeats_bit_for_bit(shape: tuple[int, int], normal, pick) -> N
     first = run()
     for _ in range(pick(50, 2)):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("columns", [768, 20000])
+def test_dropout(columns: int, normal) -> None:
+    """The mask of the seed, forward and backward, the same for the same generator state."""
+    x, residual = normal(33, columns).requires_grad_(), normal(33, columns)
+    torch.manual_seed(4)
+    seed = draw_seed(x.device)
+    rows = torch.arange(33, device=x.device)[:, None]
+    keep = kept(seed, rows, torch.arange(columns, device=x.device), 0.2)
+    torch.manual_seed(4)
+    y, s = forced({"x": x, "residual": residual}, dropout_p=0.2, prenorm=True)
+    assert torch.allclose(s, torch.where(keep, x / 0.8, 0) + residual, atol=1e-6)
+    assert torch.allclose(y, F.layer_norm(s, (columns,)), atol=1e-4)
+    [dx] = torch.autograd.grad(s.sum(), x)
+    assert torch.equal(dx == 0, ~keep)
+    [dx] = torch.autograd.grad(forced({"x": x, "residual": residual}, dropout_p=1.0).sum(), x)
+    assert not dx.any()
 
 
 def test_more_than_31_bits_of_elements(normal, pick, room) -> None:

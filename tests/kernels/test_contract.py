@@ -39,6 +39,11 @@ OPS = sorted(
 INFERENCE_ONLY = {"linear"}  # most of what follows asks for gradients: their own files test them
 FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm"}  # as the torch functions of the same name
 FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm", "rms_norm"}  # as the torch functions of the same name
+FLOAT32_UNDER_AUTOCAST = {
+    "softmax",
+    "layer_norm",
+    "rms_norm",
+}  # as the torch functions of the same name
 
 # ---- samples -----------------------------------------------------------------------------------
 

@@ -141,7 +141,9 @@ def test_constant_rows_give_the_bias_and_large_means_do_not_cancel(way):
 
 def test_half_statistics_are_kept_in_float32(way):
     x = randn(4, 64, dtype=F16) + 100
-    _, _, mean, rstd = torch.ops.tilewise.layer_norm(x, None, None, None, None, 1e-5, 0.0, False, True)
+    _, _, mean, rstd = torch.ops.tilewise.layer_norm(
+        x, None, None, None, None, 1e-5, 0.0, False, True
+    )
     assert mean.dtype == rstd.dtype == F32 and mean.shape == rstd.shape == (4, 1)
     torch.testing.assert_close(mean, x.float().mean(-1, keepdim=True), rtol=1e-6, atol=0)
 
@@ -273,25 +275,6 @@ def test_ten_repeats_are_the_same_bits(way):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-# ---- dropout -----------------------------------------------------------------------------------
-
-
-def test_dropout_falls_on_x_before_the_residual(way):
-    x, residual = torch.ones(400, 50, requires_grad=True), 10 * torch.ones(400, 50)
-    torch.manual_seed(3)
-    y, s = layer_norm(x, residual=residual, dropout_p=0.25, prenorm=True)
-    dropped = s == 10
-    assert 0.24 < dropped.float().mean() < 0.26
-    assert torch.allclose(s[~dropped], torch.tensor(10 + 4 / 3))
-    torch.manual_seed(3)
-    assert torch.equal(layer_norm(x, residual=residual, dropout_p=0.25), y)
-    assert not torch.equal(layer_norm(x, residual=residual, dropout_p=0.25), y)
-    s.sum().backward()
-    assert torch.equal(x.grad == 0, dropped)
-    gone, zeros = layer_norm(x, dropout_p=1.0, prenorm=True)
-    assert not gone.any() and not zeros.any()
-
-
 # ---- torch integration -------------------------------------------------------------------------
 
 
@@ -306,7 +289,9 @@ def test_opcheck(kind, way):
         "strided": (transposed(x).requires_grad_(), every_other(r), weight, bias),
         "half": (x.half().requires_grad_(), r.clone().requires_grad_(), weight, bias),
     }[kind]
-    torch.library.opcheck(torch.ops.tilewise.layer_norm.default, (*arguments, None, 1e-5, 0.0, True, True))
+    torch.library.opcheck(
+        torch.ops.tilewise.layer_norm.default, (*arguments, None, 1e-5, 0.0, True, True)
+    )
 
 
 @pytest.mark.parametrize("way", ["torch", "reference"])

@@ -2,7 +2,7 @@
 
 from .attention import LayerCache, Memory, MultiHeadAttention
 from .feed_forward import FeedForward
-from .norm import LayerNorm
+from .norm import LayerNorm, RMSNorm
 from .positions import Embedding, sinusoids
 from .transformer_layer import TransformerLayer
 
@@ -13,6 +13,7 @@ __all__ = [
     "LayerNorm",
     "Memory",
     "MultiHeadAttention",
+    "RMSNorm",
     "TransformerLayer",
     "sinusoids",
 ]

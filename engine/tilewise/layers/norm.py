@@ -1,13 +1,14 @@
-"""LayerNorm with the residual addition fused in.
+"""LayerNorm and RMSNorm with the residual addition fused in.
 
 Shapes: x, residual [..., N].
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from tilewise_kernels import layer_norm
+from tilewise_kernels import layer_norm, rms_norm
 from tilewise_kernels.errors import ArgumentError
 
 
@@ -32,3 +33,30 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(LN(s), s) with s = x + residual: the pre-norm step that carries the sum on."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, prenorm=True)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over the last dim, with its parameter and state_dict, on our kernel.
+
+    eps None is the epsilon of float32 (of float64 for float64), which torch computes in.
+    """
+
+    def __init__(
+        self, size: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True
+    ) -> None:
+        super().__init__(size, eps, elementwise_affine)
+        if len(self.normalized_shape) != 1:
+            raise ArgumentError(f"RMSNorm: size is {size}; it normalises the last dim only")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """RMS(x), or RMS(x + residual): [..., N] to [..., N]."""
+        return rms_norm(x, self.weight, eps=self._eps(x), residual=residual)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(RMS(s), s) with s = x + residual: the pre-norm step that carries the sum on."""
+        return rms_norm(x, self.weight, eps=self._eps(x), residual=residual, prenorm=True)
+
+    def _eps(self, x: Tensor) -> float:
+        if self.eps is not None:
+            return self.eps
+        return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
