@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from . import lazy_triton, native, norm_triton
-from .checks import fail, has_shape, is_flag, is_float_tensor, is_number, is_probability
+from .checks import (
+    fail,
+    has_shape,
+    is_flag,
+    is_float_tensor,
+    is_number,
+    is_probability,
+    same_device,
+)
 from .dropout import draw_seed, kept, scale
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
@@ -243,31 +251,39 @@ def norm_op(name: str, *, rms: bool, flops: tuple[int, int], torch_ways: list) -
 # -- the public functions --------------------------------------------------------------------------
 
 
-def _check_operand(
-    op: str, name: str, tensor: Tensor | None, x: Tensor, shape: torch.Size, meaning: str
-) -> None:
-    """Raise unless an optional operand is a float tensor of this shape, where x is."""
-    if tensor is None or (
-        isinstance(tensor, Tensor)  # the usual case, quickly
+def _is_like(tensor: Tensor | None, x: Tensor, shape: torch.Size) -> bool:
+    """Whether an optional operand is the usual one, that needs no further check."""
+    return tensor is None or (
+        isinstance(tensor, Tensor)
         and tensor.shape == shape
         and tensor.dtype == x.dtype
         and tensor.device == x.device
         and tensor.layout == x.layout
-    ):
-        return
-    is_float_tensor(op, name, tensor)
-    has_shape(op, name, tensor, shape, meaning)
-    if tensor.device != x.device:
-        raise fail(op, name, f"on {tensor.device}", f"move it to {x.device}, where x is")
+    )
 
 
-def _check_dtype(op: str, name: str, tensor: Tensor | None, x: Tensor) -> None:
-    """Raise unless the dtype is x's, or float32 over a half-precision x."""
-    if tensor is None or tensor.dtype == x.dtype:
-        return
-    if tensor.dtype != torch.float32 or x.dtype not in HALF:
-        takes = f"x is {x.dtype}: pass {x.dtype}" + " or torch.float32" * (x.dtype in HALF)
-        raise fail(op, name, tensor.dtype, takes)
+def _check_operand(
+    op: str, name: str, tensor: Tensor | None, x: Tensor, shape: torch.Size, meaning: str
+) -> None:
+    """Raise unless an optional operand is a float tensor of this shape, where x is."""
+    if tensor is not None:
+        is_float_tensor(op, name, tensor)
+        has_shape(op, name, tensor, shape, meaning)
+        same_device(op, name, tensor, "x", x)
+
+
+def _check_dtypes(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise unless the dtypes are x's, or float32 over a half-precision x."""
+    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is None or tensor.dtype == x.dtype:
+            continue
+        if tensor.dtype != torch.float32 or x.dtype not in HALF:
+            takes = f"x is {x.dtype}: pass {x.dtype}" + " or torch.float32" * (x.dtype in HALF)
+            raise fail(op, name, tensor.dtype, takes)
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise fail(op, "bias", bias.dtype, f"weight is {weight.dtype}; cast one")
 
 
 def _trains(tensors: Sequence[Tensor | None]) -> bool:
@@ -298,19 +314,19 @@ def normalise(
     is_flag(name, "prenorm", prenorm)
     if eps < 0:
         raise fail(name, "eps", eps, "pass 0 or more")
-    width = x.shape[-1:]
-    _check_operand(name, "residual", residual, x, x.shape, "the shape of x")
-    _check_operand(name, "weight", weight, x, width, "the last dim of x")
-    _check_operand(name, "bias", bias, x, width, "the last dim of x")
+    shape = x.shape
+    width = shape[-1:]
+    usual = _is_like(residual, x, shape) and _is_like(weight, x, width) and _is_like(bias, x, width)
+    if not usual:
+        _check_operand(name, "residual", residual, x, shape, "the shape of x")
+        _check_operand(name, "weight", weight, x, width, "the last dim of x")
+        _check_operand(name, "bias", bias, x, width, "the last dim of x")
     if autocast_dtype(x.device) is not None and x.dtype != torch.float64:
         x = x.float()
         residual = cast(residual, torch.float32)
         weight, bias = cast(weight, torch.float32), cast(bias, torch.float32)
-    _check_dtype(name, "residual", residual, x)
-    _check_dtype(name, "weight", weight, x)
-    _check_dtype(name, "bias", bias, x)
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        raise fail(name, "bias", bias.dtype, f"weight is {weight.dtype}; cast one")
+    elif not usual:
+        _check_dtypes(name, x, residual, weight, bias)
     seed = draw_seed(x.device) if dropout_p > 0 else None
     trains = _trains((x, residual, weight, bias))
     flags = prenorm or trains, trains
