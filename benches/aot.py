@@ -38,6 +38,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from tilewise_kernels.launch import Compilation, Launch  # noqa: E402
 
 MODULES = [
+    "tilewise_kernels.activation_triton",
     "tilewise_kernels.attention_triton",
     "tilewise_kernels.decode_attention_triton",
     "tilewise_kernels.layer_norm_triton",

@@ -67,8 +67,19 @@ template <typename T, typename A = Accumulate<T>>
 void write(T* to, const Vectorized<A>& value) {
   if constexpr (std::is_same_v<T, A>) {
     value.store(to);
-  } else {
+  } else {  // convert_from_float would round twice as many
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    const auto half = [&] {
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return at::vec::cvtfp32_bf16(value);
+      } else {
+        return at::vec::cvtfp32_fp16(value);
+      }
+    }();
+    std::memcpy(to, &half, sizeof(half));
+#else
     at::vec::convert_from_float<T>(value, value).store(to, kLanes<A>);
+#endif
   }
 }
 

@@ -1,149 +1,54 @@
-"""One linear layer with its activation, and the feed-forward block of two.
+"""One linear layer with its activation, and the feed-forward block of two, plain or gated.
 
-    linear_act:    h = x weight^T + bias         y = act(h)
-    feed_forward:  h = x w1^T + b1               y = act(h) w2^T + b2
+    linear_act:    h = x weight^T + bias                    y = act(h)
+    feed_forward:  h = x w1^T + b1      g = x gate^T        y = drop(act(h) * g) w2^T + b2
 
-Memory contract: forward saves x, the weights and the pre-activation h, and nothing else of h's
-size: backward takes act'(h) from h, and feed_forward computes act(h) a second time for dw2. relu
-keeps act(h) instead, which tells as much; linear_act with identity keeps neither. Without
-gradients act(h) overwrites h. Work for M rows: 2MKN FLOPs for linear_act, 4MKF for feed_forward
-(K = N), and twice that backward, besides the activation. Bytes: each operand and result once.
+without the factor g where there is no gate. Between the products stands one pass (activations.py).
 
-Ways. torch: cuBLAS or oneDNN with the bias inside, then one elementwise pass. triton: one kernel
-that adds bias and activation to the tile it still holds (feed_forward's second product stays with
-cuBLAS). The epilogue saves two moves of [M, N], or one when h is kept; beside a product of 2MNK
-FLOPs that is worth moves * s * RIDGE / 2K of the product's time, s bytes an element. No GPU has
-measured it yet, so triton is chosen only where that exceeds what its product is assumed to lose.
+Memory contract: forward saves x, the weights and the pre-activation h (and g), and nothing else of
+h's size: backward takes act'(h) from h, and feed_forward computes act(h) a second time for dw2.
+Without gate and dropout relu keeps act(h) instead, which tells as much; linear_act with identity
+keeps neither. Without gradients act(h) overwrites h. A backward that does not keep its graph
+overwrites h and g with gradients and frees them as soon as it can, so that its peak is no higher
+than that of separate layers. Work for M rows: 2MKN FLOPs for linear_act, 2MF(K + N) for
+feed_forward (one more MFK with a gate), and twice that backward, besides the activation. Bytes:
+each operand and result once.
+
+Ways. native: oneDNN or MKL with the bias inside, then one pass of csrc/activation.cpp. torch: the
+same with torch's own elementwise kernels. triton: one kernel that adds bias and activation to the
+tile it still holds; a gate or dropout takes an elementwise kernel after cuBLAS's products, as
+backward does. The epilogue saves two moves of [M, N], or one when h is kept; beside a product of
+2MNK FLOPs that is worth moves * s * RIDGE / 2K of the product's time, s bytes an element. No GPU
+has measured it yet, so triton is chosen only where that exceeds what its product is assumed to
+lose; what it fuses beyond the epilogue loses nothing.
 
 Shapes: x [..., K], seen as [M, K]; weight [N, K]; w1, gate [F, K]; w2 [N, F]; h and y [..., N]
-(h [..., F] in feed_forward).
-Source: Vaswani et al. 2017, section 3.3; GELU: Hendrycks and Gimpel 2016; gates: Shazeer 2020.
+(h and g [..., F] in feed_forward).
+Source: Vaswani et al. 2017, section 3.3; gates: Shazeer 2020.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lazy_triton, linear_act_triton
+from . import activations, lazy_triton, linear_act_triton, native
+from .activations import ACTIVATIONS, Drop, Middle, Wanted
 from .checks import fail, has_shape, is_float_tensor, is_probability, matches
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype
+from .dropout import draw_seed
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable
 
-aten = torch.ops.aten
 RIDGE = 200  # FLOPs that a GPU does while it moves one byte: H200, 989 TFLOP/s over 4.8 TB/s
 TRITON_LOSS = 0.25  # how much longer than cuBLAS's a Triton product is assumed to take
 FEW_ROWS = 512  # below this a product is bound by the weight, not by its epilogue
 
 Outputs = tuple[Tensor, Tensor]  # y and what is kept of h (empty when nothing is)
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias
-Forward = Callable[[Tensor, Tensor, Tensor | None, str, bool], Outputs]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor | None, str, list[bool]], Gradients]
-
-
-# -- activations ---------------------------------------------------------------------------------
-
-
-class Activation(NamedTuple):
-    """An activation three times: formulas, torch's kernels, and what backward wants.
-
-    formula(h), slope(h): act and its derivative, spelled out. value(h), overwrite(h): act, the
-    latter in h's memory. gradient(grad, h) = grad * act'(h). keeps_h: backward needs h; where it is
-    False slope and gradient take act(h) just as well. flops: of one element, transcendentals as 10.
-    """
-
-    formula: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    value: Callable[[Tensor], Tensor]
-    overwrite: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
-    keeps_h: bool
-    flops: int
-
-
-def _normal_cdf(h: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-
-
-def _gelu_slope(h: Tensor) -> Tensor:
-    return _normal_cdf(h) + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
-
-
-def _tanh_cdf(h: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-
-
-def _gelu_tanh_slope(h: Tensor) -> Tensor:
-    cdf = _tanh_cdf(h)
-    return cdf + 2 * h * cdf * (1 - cdf) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * h * h)
-
-
-def _swish_slope(h: Tensor, beta: float) -> Tensor:
-    gate = torch.sigmoid(beta * h)
-    return gate + beta * h * gate * (1 - gate)
-
-
-ACTIVATIONS = {
-    "gelu": Activation(
-        formula=lambda h: h * _normal_cdf(h),
-        slope=_gelu_slope,
-        value=F.gelu,
-        overwrite=aten.gelu_,
-        gradient=aten.gelu_backward,
-        keeps_h=True,
-        flops=14,
-    ),
-    "gelu_tanh": Activation(
-        formula=lambda h: h * _tanh_cdf(h),
-        slope=_gelu_tanh_slope,
-        value=lambda h: F.gelu(h, approximate="tanh"),
-        overwrite=lambda h: aten.gelu_(h, approximate="tanh"),
-        gradient=lambda grad, h: aten.gelu_backward(grad, h, approximate="tanh"),
-        keeps_h=True,
-        flops=18,
-    ),
-    "relu": Activation(
-        formula=lambda h: h.clamp(min=0),
-        slope=lambda y: (y > 0).to(y.dtype),
-        value=torch.relu,
-        overwrite=torch.relu_,
-        gradient=lambda grad, y: aten.threshold_backward(grad, y, 0),
-        keeps_h=False,
-        flops=1,
-    ),
-    "silu": Activation(
-        formula=lambda h: h * torch.sigmoid(h),
-        slope=lambda h: _swish_slope(h, 1.0),
-        value=F.silu,
-        overwrite=aten.silu_,
-        gradient=aten.silu_backward,
-        keeps_h=True,
-        flops=12,
-    ),
-    "quick_gelu": Activation(
-        formula=lambda h: h * torch.sigmoid(1.702 * h),
-        slope=lambda h: _swish_slope(h, 1.702),
-        value=lambda h: torch.sigmoid_(h * 1.702).mul_(h),
-        overwrite=lambda h: h.mul_(torch.sigmoid_(h * 1.702)),
-        # h sigmoid(1.702 h) is silu(1.702 h) / 1.702, so its derivative is silu'(1.702 h)
-        gradient=lambda grad, h: aten.silu_backward(grad, h * 1.702),
-        keeps_h=True,
-        flops=13,
-    ),
-    "identity": Activation(
-        formula=lambda h: h,
-        slope=torch.ones_like,
-        value=lambda h: h,
-        overwrite=lambda h: h,
-        gradient=lambda grad, y: grad,
-        keeps_h=False,
-        flops=0,
-    ),
-}
+Gradients = tuple[Tensor | None, ...]
+NO_DROPOUT = Drop(None, 0.0)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -156,85 +61,74 @@ def _like_rows(rows: Tensor, x: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-# -- reference -----------------------------------------------------------------------------------
+def _in_wide(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` computed in float32 or wider, its results in the dtype it was given."""
+
+    def run(*args: Any) -> Any:
+        dtype = args[0].dtype
+        wide = [
+            arg.to(accumulator(dtype)) if isinstance(arg, Tensor) and arg.dtype == dtype else arg
+            for arg in args
+        ]
+        return tuple(None if found is None else found.to(dtype) for found in function(*wide))
+
+    return run
 
 
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
-) -> Outputs:
-    """linear_act by its definition, in float32 or wider."""
-    act, wide = ACTIVATIONS[activation], accumulator(x.dtype)
-    h = _as_rows(x).to(wide) @ weight.to(wide).t()
-    h = _like_rows(h if bias is None else h + bias, x)
-    kept = h.to(x.dtype) if training and act.keeps_h else x.new_empty(0)
-    return act.formula(h).to(x.dtype), kept
+# -- linear_act ----------------------------------------------------------------------------------
 
 
-def _linear_gradients(dh: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Gradients:
-    """dx, dweight and dbias of h = x weight^T + bias from dh [M, N]."""
-    return (
-        (dh @ weight).view(x.shape) if needs[0] else None,
-        dh.t() @ _as_rows(x) if needs[1] else None,
-        dh.sum(0) if needs[2] else None,
-    )
+def _keeps(activation: str, training: bool) -> bool:
+    """Whether linear_act's forward keeps h beside y."""
+    return training and ACTIVATIONS[activation].keeps_h
 
 
-def reference_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kept: Tensor | None,
-    activation: str,
-    needs: list[bool],
-) -> Gradients:
-    """dh = grad * act'(h), then the two products, in float32 or wider."""
-    wide = accumulator(x.dtype)
-    dh = _as_rows(grad).to(wide)
-    if kept is not None:
-        dh = dh * ACTIVATIONS[activation].slope(_as_rows(kept).to(wide))
-    dx, dweight, dbias = _linear_gradients(dh, x.to(wide), weight.to(wide), needs)
-    return (
-        None if dx is None else dx.to(x.dtype),
-        None if dweight is None else dweight.to(x.dtype),
-        None if dbias is None else dbias.to(x.dtype),
-    )
+def _linear(middle: Middle) -> Callable[..., Outputs]:
+    """linear_act's forward: a product and what comes after it."""
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
+    ) -> Outputs:
+        h = F.linear(x, weight, bias)
+        if activation == "identity":
+            return h, x.new_empty(0)
+        keeps = _keeps(activation, training)
+        y = middle.forward(_as_rows(h), None, NO_DROPOUT, activation, not keeps)
+        return _like_rows(y, x), h if keeps else x.new_empty(0)
+
+    return forward
 
 
-# -- torch's own kernels -------------------------------------------------------------------------
+def _linear_backward(middle: Middle) -> Callable[..., Gradients]:
+    """linear_act's backward: dh = grad * act'(h), then the products."""
+
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor | None,
+        activation: str,
+        needs: list[bool],
+    ) -> Gradients:
+        dh = _as_rows(grad)
+        if kept is not None:
+            private = disposable() and ACTIVATIONS[activation].keeps_h  # else it is y itself
+            wanted = Wanted(a=False, dg=False, over_da=False, over_kept=private)
+            dh, _, _ = middle.backward(dh, _as_rows(kept), None, NO_DROPOUT, activation, wanted)
+        return (
+            (dh @ weight).view(x.shape) if needs[0] else None,
+            dh.t() @ _as_rows(x) if needs[1] else None,
+            dh.sum(0) if needs[2] else None,
+        )
+
+    return backward
 
 
-def _torch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
-) -> Outputs:
-    act = ACTIVATIONS[activation]
-    h = F.linear(x, weight, bias)
-    if training and act.keeps_h:
-        return act.value(h), h
-    return act.overwrite(h), x.new_empty(0)
-
-
-def _torch_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kept: Tensor | None,
-    activation: str,
-    needs: list[bool],
-) -> Gradients:
-    dh = _as_rows(grad)
-    if kept is not None:
-        dh = ACTIVATIONS[activation].gradient(dh, _as_rows(kept))
-    return _linear_gradients(dh, x, weight, needs)
-
-
-# -- triton --------------------------------------------------------------------------------------
-
-
-def _triton_forward(
+def _triton_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
 ) -> Outputs:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    h = torch.empty_like(y) if training and ACTIVATIONS[activation].keeps_h else None
+    h = torch.empty_like(y) if _keeps(activation, training) else None
     linear_act_triton.forward(_as_rows(x), weight, bias, activation, y, h)
     return y, x.new_empty(0) if h is None else h
 
@@ -260,9 +154,6 @@ def _triton_slower(
     if activation == "identity" or worth <= TRITON_LOSS:
         return "cuBLAS and one elementwise pass are assumed to beat the epilogue"
     return None
-
-
-# -- linear_act ----------------------------------------------------------------------------------
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool) -> Cost:
@@ -314,16 +205,27 @@ LINEAR_ACT = Op(
     implementations=[
         Implementation(
             "triton",
-            _triton_forward,
-            _torch_backward,
+            _triton_linear,
+            _linear_backward(activations.TRITON),
             devices=("cuda",),
             missing=lazy_triton.missing,
             refuses=_triton_refuses,
             slower=_triton_slower,
             refuses_backward=lambda grad, x, *_: _triton_refuses(x),
         ),
-        Implementation("torch", _torch_forward, _torch_backward),
-        Implementation("reference", reference, reference_backward),
+        Implementation(
+            "native",
+            _linear(activations.NATIVE),
+            _linear_backward(activations.NATIVE),
+            devices=("cpu",),
+            missing=native.missing,
+        ),
+        Implementation("torch", _linear(activations.TORCH), _linear_backward(activations.TORCH)),
+        Implementation(
+            "reference",
+            _in_wide(_linear(activations.REFERENCE)),
+            _in_wide(_linear_backward(activations.REFERENCE)),
+        ),
     ],
     fake=_fake,
     fake_backward=_fake_backward,
@@ -336,8 +238,13 @@ LINEAR_ACT = Op(
 # -- feed_forward --------------------------------------------------------------------------------
 
 
-def _two_layers(first: Forward, second: Forward) -> Callable[..., Outputs]:
-    """feed_forward's forward from two of linear_act's."""
+def _keeps_a(gate: Tensor | None, seed: Tensor | None, activation: str) -> bool:
+    """Whether act(h), which is a, tells backward as much as h does, and is kept instead."""
+    return gate is None and seed is None and not ACTIVATIONS[activation].keeps_h
+
+
+def _block(middle: Middle) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """feed_forward's forward: products and what stands between them."""
 
     def forward(
         x: Tensor,
@@ -345,39 +252,109 @@ def _two_layers(first: Forward, second: Forward) -> Callable[..., Outputs]:
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
+        gate: Tensor | None,
+        seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         training: bool,
-    ) -> Outputs:
-        a, h = first(x, w1, b1, activation, training)
-        y, nothing = second(a, w2, b2, "identity", False)
-        kept = h if ACTIVATIONS[activation].keeps_h else a
-        return y, kept if training else nothing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = F.linear(x, w1, b1)
+        g = x.new_empty(0) if gate is None else F.linear(x, gate)
+        keeps_a = _keeps_a(gate, seed, activation)
+        a = middle.forward(
+            _as_rows(h),
+            None if gate is None else _as_rows(g),
+            Drop(seed, dropout_p),
+            activation,
+            keeps_a or not training,
+        )
+        y = _like_rows(F.linear(a, w2, b2), x)
+        if not training:
+            return y, x.new_empty(0), x.new_empty(0)
+        return y, _like_rows(a, x) if keeps_a else h, g
 
     return forward
 
 
-def _two_layers_backward(layer: Backward) -> Callable[..., tuple[Tensor | None, ...]]:
-    """feed_forward's backward from linear_act's."""
+def _triton_block(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if gate is not None or seed is not None:
+        fused = _block(activations.TRITON)
+        return fused(x, w1, b1, w2, b2, gate, seed, activation, dropout_p, training)
+    a, h = _triton_linear(x, w1, b1, activation, training)
+    kept = h if ACTIVATIONS[activation].keeps_h else a
+    return F.linear(a, w2, b2), kept if training else x.new_empty(0), x.new_empty(0)
+
+
+def _block_backward(middle: Middle) -> Callable[..., Gradients]:
+    """feed_forward's backward: the second layer's, what stands between, the first layer's."""
 
     def backward(
         grad: Tensor,
         x: Tensor,
         w1: Tensor,
         w2: Tensor,
+        gate: Tensor | None,
         h: Tensor,
+        g: Tensor | None,
+        seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         needs: list[bool],
-    ) -> tuple[Tensor | None, ...]:
-        act = ACTIVATIONS[activation]
-        needs_a = any(needs[:3])
-        a = act.value(h) if act.keeps_h and needs[3] else h  # a's shape does where a is not needed
-        da, dw2, db2 = layer(grad, a, w2, None, "identity", [needs_a, *needs[3:]])
-        del a  # as large as h
-        if da is None:
-            return None, None, None, dw2, db2
-        return (*layer(da, x, w1, h, activation, needs[:3]), dw2, db2)
+    ) -> Gradients:
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_gate = needs
+        rows, x_rows, h = _as_rows(grad), _as_rows(x), _as_rows(h)
+        g = None if gate is None or g is None else _as_rows(g)
+        db2 = rows.sum(0) if needs_b2 else None
+        drop, private = Drop(seed, dropout_p), disposable()
+        if not (needs_x or needs_w1 or needs_b1 or needs_gate):
+            a = middle.forward(h, g, drop, activation, private)
+            return None, None, None, rows.t() @ a if needs_w2 else None, db2, None
+        finds_a = needs_w2 and not _keeps_a(gate, seed, activation)
+        wanted = Wanted(finds_a, needs_x or needs_gate, over_da=True, over_kept=private)
+        dh, dg, found = middle.backward(rows @ w2, h, g, drop, activation, wanted)
+        dw2 = rows.t() @ (h if found is None else found) if needs_w2 else None
+        del found
+        if private and dh.data_ptr() != h.data_ptr():
+            h.untyped_storage().resize_(0)  # autograd holds on to the tensor
+        dx = dh @ w1 if needs_x else None
+        dgate = None
+        if gate is not None and dg is not None:
+            dx = None if dx is None else dx.addmm_(dg, gate)
+            dgate = dg.t() @ x_rows if needs_gate else None
+        dw1 = dh.t() @ x_rows if needs_w1 else None
+        db1 = dh.sum(0) if needs_b1 else None
+        return None if dx is None else dx.view(x.shape), dw1, db1, dw2, db2, dgate
 
     return backward
+
+
+def _block_slower(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    training: bool,
+) -> str | None:
+    """Only the epilogue may be slower; a gate or dropout takes cuBLAS's products in either way."""
+    if gate is not None or seed is not None:
+        return None
+    return _triton_slower(x, w1, b1, activation, training)
 
 
 def feed_forward_cost(
@@ -386,82 +363,109 @@ def feed_forward_cost(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     training: bool,
 ) -> Cost:
     """Both layers, without the traffic of a: it need not leave the chip."""
     (F_, K), N, M, size = w1.shape, w2.shape[0], x.shape[:-1].numel(), x.element_size()
-    added = M * F_ * (ACTIVATIONS[activation].flops + (b1 is not None)) + M * N * (b2 is not None)
+    gates = 0 if gate is None else 1
+    added = M * F_ * (ACTIVATIONS[activation].flops + gates + (b1 is not None))
+    added += M * N * (b2 is not None)
     biases = sum(0 if b is None else b.numel() for b in (b1, b2))
-    read = M * K + F_ * K + N * F_ + biases
-    products = 2 * M * F_ * (K + N)
+    read = M * K + (1 + gates) * F_ * K + N * F_ + biases
+    products = 2 * M * F_ * ((1 + gates) * K + N)
+    kept = (1 + gates) * M * F_
     return Cost(
         products + added,
-        (read + M * N + (M * F_ if training else 0)) * size,
+        (read + M * N + (kept if training else 0)) * size,
         2 * products + 2 * added,
-        (2 * read + M * N + M * F_) * size,
+        (2 * read + M * N + kept) * size,
     )
 
 
-def _feed_forward_fake(
+def _block_fake(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     training: bool,
-) -> Outputs:
-    lead = x.shape[:-1]
-    h = x.new_empty((*lead, w1.shape[0])) if training else x.new_empty(0)
-    return x.new_empty((*lead, w2.shape[0])), h
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner = (*x.shape[:-1], w1.shape[0])
+    h = x.new_empty(inner) if training else x.new_empty(0)
+    g = x.new_empty(inner) if training and gate is not None else x.new_empty(0)
+    return x.new_empty((*x.shape[:-1], w2.shape[0])), h, g
 
 
-def _feed_forward_fake_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, h: Tensor, activation: str
+def _block_fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    g: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
 ) -> tuple[Tensor, ...]:
-    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1], w1.shape)
     return tuple(x.new_empty(shape) for shape in shapes)
+
+
+def _block_save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    x, w1, _, w2, _, gate, seed, activation, dropout_p, _ = args
+    _, h, g = outputs
+    return (x, w1, w2, gate, h, None if gate is None else g, seed), (activation, dropout_p)
 
 
 FEED_FORWARD = Op(
     "feed_forward",
     schema=(
-        "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool training)"
-        " -> (Tensor y, Tensor h)"
+        "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? seed,"
+        " str activation, float dropout_p, bool training) -> (Tensor y, Tensor h, Tensor g)"
     ),
     backward_schema=(
-        "(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor h, str activation)"
-        " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)"
+        "(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor? gate, Tensor h, Tensor? g,"
+        " Tensor? seed, str activation, float dropout_p)"
+        " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dgate)"
     ),
     implementations=[
         Implementation(
             "triton",
-            _two_layers(_triton_forward, _torch_forward),
-            _two_layers_backward(_torch_backward),
+            _triton_block,
+            _block_backward(activations.TRITON),
             devices=("cuda",),
             missing=lazy_triton.missing,
             refuses=_triton_refuses,
-            slower=lambda x, w1, b1, w2, b2, activation, training: _triton_slower(
-                x, w1, b1, activation, training
-            ),
+            slower=_block_slower,
             refuses_backward=lambda grad, x, *_: _triton_refuses(x),
         ),
         Implementation(
-            "torch",
-            _two_layers(_torch_forward, _torch_forward),
-            _two_layers_backward(_torch_backward),
+            "native",
+            _block(activations.NATIVE),
+            _block_backward(activations.NATIVE),
+            devices=("cpu",),
+            missing=native.missing,
         ),
+        Implementation("torch", _block(activations.TORCH), _block_backward(activations.TORCH)),
         Implementation(
             "reference",
-            _two_layers(reference, reference),
-            _two_layers_backward(reference_backward),
+            _in_wide(_block(activations.REFERENCE)),
+            _in_wide(_block_backward(activations.REFERENCE)),
         ),
     ],
-    fake=_feed_forward_fake,
-    fake_backward=_feed_forward_fake_backward,
-    save=lambda args, outputs: ((args[0], args[1], args[3], outputs[1]), (args[5],)),
-    inputs_with_grad=(0, 1, 2, 3, 4),
+    fake=_block_fake,
+    fake_backward=_block_fake_backward,
+    save=_block_save,
+    inputs_with_grad=(0, 1, 2, 3, 4, 5),
     cost=feed_forward_cost,
 )
 
@@ -533,11 +537,13 @@ def feed_forward(
 ) -> Tensor:
     """dropout(act(x w1^T + b1) * (x gate^T)) w2^T + b2, without the factor when gate is None.
 
+    activation="silu" with a gate is SwiGLU, gelu or gelu_tanh GEGLU, relu ReGLU.
+
     x: [..., K] float32, float16, bfloat16 or float64, any strides. w1, gate: [F, K]; b1: [F] or
     None; w2: [N, F]; b2: [N] or None; all of x's dtype. activation: as in linear_act. dropout_p:
-    probability of zeroing an inner element, drawn from torch's generator at every call (pass 0 in
-    evaluation). Returns [..., N] in x's dtype. Under autocast everything is cast to its dtype.
-    With a gate or dropout the steps run one by one and each keeps what it needs for backward.
+    probability of zeroing an inner element; which ones follows from a seed drawn from torch's
+    generator at every call, so that backward and a recomputing checkpoint find them again (pass 0
+    in evaluation). Returns [..., N] in x's dtype. Under autocast everything is cast to its dtype.
     Raises ArgumentError for anything else. Sources: module docstring.
     """
     is_float_tensor("feed_forward", "x", x)
@@ -550,9 +556,7 @@ def feed_forward(
     _check_layer("feed_forward", w1.t(), ("w2", "b2"), w2, b2, "the rows of w1")
     others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate}
     x, w1, b1, w2, b2, gate = _cast("feed_forward", x, others)
-    if gate is None and dropout_p == 0:
-        return FEED_FORWARD(x, w1, b1, w2, b2, activation, _training(x, w1, b1, w2, b2))[0]
-    a = linear_act(x, w1, b1, activation=activation)
-    if gate is not None:
-        a = a * linear_act(x, gate, activation="identity")
-    return linear_act(F.dropout(a, dropout_p), w2, b2, activation="identity")
+    seed = draw_seed(x.device) if dropout_p > 0 else None
+    training = _training(x, w1, b1, w2, b2, gate)
+    arguments = (x, w1, b1, w2, b2, gate, seed, activation, float(dropout_p), training)
+    return FEED_FORWARD(*arguments)[0]

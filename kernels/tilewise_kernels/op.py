@@ -109,8 +109,15 @@ class _Observers(threading.local):
         self.functions: list[Callable[[Op, tuple[Any, ...]], None]] = []
 
 
+class _Backward(threading.local):
+    """Whether the backward that runs in this thread may overwrite what its forward made."""
+
+    disposable = False
+
+
 _forced = _Forced()
 _observing = _Observers()
+_backward = _Backward()
 _warned: set[str] = set()
 _ops: dict[str, Op] = {}
 
@@ -127,6 +134,8 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
 _transform = torch._C._functorch.peek_interpreter_stack
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def plain_eager(args: Sequence[Any]) -> bool:
@@ -159,6 +168,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64 input, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def disposable() -> bool:
+    """Whether the running backward may overwrite or free what its forward made for it alone.
+
+    So it is when it runs eagerly, the graph is not kept for a second backward, and no hook saw the
+    saved tensors. It never holds for inputs of the op, nor for outputs that the caller has.
+    """
+    return _backward.disposable
 
 
 @contextlib.contextmanager
@@ -401,13 +419,18 @@ def _eager_function(op: Op) -> Callable[..., Any]:
             else:
                 outputs = way.forward(*args)
             op._keep(ctx, args, outputs, way.name)
+            ctx.hooked = _saving_hooks(True) is not None
             return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():  # create_graph: refuse a second derivative if one is asked
                 return refusing(ctx, *grads)
-            return op._gradients(ctx, grads, op._run_backward)
+            _backward.disposable = not ctx.hooked and not _graph_is_kept()
+            try:
+                return op._gradients(ctx, grads, op._run_backward)
+            finally:
+                _backward.disposable = False
 
     @once_differentiable
     def refusing(ctx: Any, *grads: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewise_kernels import feed_forward, force, linear_act
+from tilewise_kernels.dropout import draw_seed, kept
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -76,6 +77,49 @@ def test_feed_forward(way: str | None, dtype: torch.dtype, accurate, normal, pic
 
     for m, k, f in (pick((512, 256, 1024), (32, 16, 64)), pick((517, 250, 129), (35, 18, 41))):
         accurate(ours, lambda t: eager_two(t, "gelu"), two_layers(normal, m, k, f, dtype))
+
+
+def eager_gated(t: Tensors, activation: str, factors: Tensor | float = 1.0) -> Tensor:
+    a = NAMED[activation](F.linear(t["x"], t["w1"], t["b1"])) * F.linear(t["x"], t["gate"])
+    return F.linear(a * factors, t["w2"], t["b2"])
+
+
+@pytest.mark.parametrize("activation", NAMED)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
+def test_gated(activation: str, dtype: torch.dtype, accurate, normal, pick) -> None:
+    """The elementwise kernels between the products, in the way that is chosen."""
+    dtype = pick(dtype, HALF if dtype == BF16 else dtype)
+
+    def ours(t: Any) -> Tensor:
+        with force("triton"):
+            return feed_forward(**t, activation=activation)
+
+    for m, k, f in (pick((512, 256, 1024), (32, 16, 64)), pick((517, 250, 129), (35, 18, 41))):
+        inputs = two_layers(normal, m, k, f, dtype)
+        inputs |= {"gate": normal(f, k, dtype=dtype, std=k**-0.5)}
+        accurate(ours, lambda t: eager_gated(t, activation), inputs)
+
+
+def test_dropout_finds_the_elements_of_the_seed(normal, pick, device) -> None:
+    m, k, f = pick((517, 256, 1000), (35, 18, 41))
+    t = two_layers(normal, m, k, f, FLOAT) | {"gate": normal(f, k, std=k**-0.5)}
+    leaves = {name: x.requires_grad_() for name, x in t.items()}
+    torch.manual_seed(3)
+    seed = draw_seed(device)
+    rows, columns = (torch.arange(n, device=device) for n in (m, f))
+    factors = kept(seed, rows[:, None], columns, 0.25) / 0.75
+    torch.manual_seed(3)
+    with force("triton"):
+        y = feed_forward(**leaves, activation="silu", dropout_p=0.25)
+    expected = eager_gated(leaves, "silu", factors)
+    upstream = normal(*y.shape)
+    found = torch.autograd.grad(y, list(leaves.values()), upstream)
+    for a, b in zip(
+        (y, *found),
+        (expected, *torch.autograd.grad(expected, list(leaves.values()), upstream)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 @pytest.mark.parametrize("rows", [1, 600, 2048])

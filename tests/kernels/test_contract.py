@@ -192,7 +192,11 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     no_biases = {"b1": None, "b2": None, "activation": "relu"}
     weights = {"x": normal(2, 4), "w1": normal(6, 4), "w2": normal(5, 6)}
     yield Sample(feed_forward, "no biases, relu", weights, no_biases)
-    yield Sample(feed_forward, "gate", two_layers(3) | {"gate": normal(6, 4)})
+    gated = {"gate": normal(6, 4)}
+    yield Sample(feed_forward, "gate", two_layers(3) | gated)
+    yield Sample(feed_forward, "empty, gate", two_layers(0) | gated, {"activation": "silu"})
+    yield Sample(feed_forward, "strided gate", two_layers(3, strided) | {"gate": strided(6, 4)},
+                 {"activation": "gelu_tanh"})  # fmt: skip
 
     turns = {"cos": torch.tensor([[0.6, -1.0]] * 3), "sin": torch.tensor([[0.8, 0.0]] * 3)}
     per_token = {name: t[None].expand(2, 3, 2) for name, t in turns.items()}
