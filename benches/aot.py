@@ -45,6 +45,7 @@ MODULES = [
     "tilewise_kernels.norm_triton",
     "tilewise_kernels.linear_act_triton",
     "tilewise_kernels.rotary_triton",
+    "tilewise_kernels.log_softmax_triton",
 ]
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program has
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}

@@ -15,58 +15,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "vectors.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
-
-// ---- rows -------------------------------------------------------------------------------------
-
-// A row with column stride 1: `row` itself, or a copy in `gathered`.
-template <typename T>
-const T* unit_stride(const T* row, int64_t stride, int64_t columns, T* gathered) {
-  if (stride == 1) return row;
-  for (int64_t j = 0; j < columns; ++j) gathered[j] = row[j * stride];
-  return gathered;
-}
-
-// ---- arithmetic -------------------------------------------------------------------------------
-
-// exp(x) for x <= 0, within 1 ulp down to 2^-126 and 0 below; NaN stays NaN.
-inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
-  using Vec = Vectorized<float>;
-  // 1.5 * 2^23 + 127: adding it rounds to an integer n and leaves n + 127, the biased exponent,
-  // in the low bits. At the clamp n = -127, whose scale 2^n comes out as exactly 0.
-  const Vec shift(12582912.0f + 127.0f);
-  x = at::vec::clamp_min(x, Vec(-88.02969f));
-  Vec n = at::vec::fmadd(x, Vec(1.44269504f), shift);
-  const auto exponent = at::vec::cast<int32_t>(n) << Vectorized<int32_t>(23);
-  n = n - shift;
-  Vec r = at::vec::fmadd(n, Vec(-0.693359375f), x);
-  r = at::vec::fmadd(n, Vec(2.12194440e-4f), r);
-  Vec p(1.9875691500e-4f);
-  p = at::vec::fmadd(p, r, Vec(1.3981999507e-3f));
-  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
-  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
-  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
-  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
-  p = at::vec::fmadd(p, r * r, r) + Vec(1.0f);
-  return p * at::vec::cast<float>(exponent);
-}
-
-inline Vectorized<double> exp_nonpositive(const Vectorized<double>& x) { return x.exp(); }
-
-// The larger of two, `top` where `value` is NaN.
-template <typename A>
-Vectorized<A> larger(const Vectorized<A>& top, const Vectorized<A>& value) {
-  return at::vec::clamp_min(top, value);
-}
-
-template <typename A, typename Op>
-A reduce(const Vectorized<A>& value, const Op& op) {
-  return at::vec::vec_reduce_all(op, value);
-}
 
 // ---- forward ----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
 from .linear import PackedLinear, linear, pack_linear
+from .log_softmax import log_softmax, log_softmax_topk
 from .op import explain, force, record
 from .rotary import rotary
 from .rms_norm import rms_norm
@@ -23,6 +24,8 @@ __all__ = [
     "linear",
     "linear_act",
     "pack_linear",
+    "log_softmax",
+    "log_softmax_topk",
     "record",
     "rotary",
     "rms_norm",

@@ -27,6 +27,8 @@ from tilewise_kernels import (
     linear_act,
     rotary,
     rms_norm,
+    log_softmax,
+    log_softmax_topk,
     softmax,
 )
 
@@ -43,6 +45,11 @@ FLOAT32_UNDER_AUTOCAST = {
     "softmax",
     "layer_norm",
     "rms_norm",
+FLOAT32_UNDER_AUTOCAST = {
+    "softmax",
+    "layer_norm",
+    "log_softmax",
+    "log_softmax_topk",
 }  # as the torch functions of the same name
 
 # ---- samples -----------------------------------------------------------------------------------
@@ -98,6 +105,15 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(
         softmax, "float mask, dim 0", {"x": normal(3, 5)}, {"dim": 0, "mask": torch.ones(5)}
     )
+
+    yield Sample(log_softmax, "plain", {"x": normal(3, 5)})
+    yield Sample(log_softmax, "empty", {"x": normal(2, 0)})
+    yield Sample(log_softmax, "strided", {"x": strided(2, 3, 5)})
+    yield Sample(log_softmax, "dim 0", {"x": normal(3, 5)}, {"dim": 0})
+    yield Sample(log_softmax_topk, "plain", {"x": normal(3, 5)}, {"k": 2})
+    yield Sample(log_softmax_topk, "empty", {"x": normal(0, 5)}, {"k": 5})
+    yield Sample(log_softmax_topk, "strided, k 1", {"x": strided(2, 3, 5)}, {"k": 1})
+    yield Sample(log_softmax_topk, "one row, all of it", {"x": normal(7)}, {"k": 7})
 
     def qkv(heads: int, kv_heads: int, sq: int, sk: int, d: int, make=normal) -> dict[str, Tensor]:
         sizes = {"q": (heads, sq), "k": (kv_heads, sk), "v": (kv_heads, sk)}
@@ -217,6 +233,10 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
 
     if function is softmax:
         return Sample(softmax, "", {"x": normal(2, n, n)}, {"causal": True, "scale": 0.5})
+    if function is log_softmax:
+        return Sample(log_softmax, "", {"x": normal(2, n)})
+    if function is log_softmax_topk:
+        return Sample(log_softmax_topk, "", {"x": normal(2, n)}, {"k": 3})
     if function is attention:
         tensors = {
             "q": normal(2, 4, n, 8),

@@ -10,6 +10,17 @@ from torch import Tensor
 from .options import GenerationOptions
 
 
+def untouched(step: int, options: GenerationOptions) -> bool:
+    """Whether `process` would return the scores of this step as they are."""
+    return not (
+        options.repetition_penalty != 1.0
+        or options.no_repeat_ngram_size
+        or (step < options.min_new_tokens and options.eos_token_id)
+        or (options.forced_bos_token_id is not None and step == 0)
+        or (options.forced_eos_token_id is not None and step + 1 == options.max_new_tokens)
+    )
+
+
 def process(scores: Tensor, history: Tensor, step: int, options: GenerationOptions) -> Tensor:
     """Scores after every rule the options ask for; `step` tokens were generated before this one."""
     if options.repetition_penalty != 1.0:

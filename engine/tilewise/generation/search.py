@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise_kernels import log_softmax_topk
+
 from ..errors import GenerationError
 from .cache import Steps
 from .options import GenerationOptions
-from .processors import process
+from .processors import process, untouched
 
 WORST = -1e9  # the score of a hypothesis that is not there, as in transformers
 
@@ -84,13 +86,13 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
     logits = logits.repeat_interleave(k, 0)
     for step in range(limit):
         history = torch.cat([past, running.tokens[:, :, :step].flatten(0, 1)], 1)
-        log_probs = process(torch.log_softmax(logits.float(), -1), history, step, options)
+        log_probs, ids = _continuations(logits, min(candidates, vocab), history, step, options)
         totals = log_probs.unflatten(0, (-1, k)) + running.scores[..., None]
         totals = totals.flatten(1)
         scores, flat = totals.topk(min(candidates, totals.shape[1]))
         exhausted = scores[:, 0].isneginf() & ~full.any(1)
         _check_scores(scores.isnan().any(1) | exhausted, sentences, step)
-        beams, tokens = flat // vocab, flat % vocab
+        beams, tokens = flat // ids.shape[1], ids.unflatten(0, (-1, k)).flatten(1).gather(1, flat)
         chosen = _extended(running, beams, tokens, scores, step)
         ended = torch.isin(tokens, ends) | (step + 1 == limit)
 
@@ -123,6 +125,17 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
         logits = steps.step(running.tokens[:, :, step].flatten(), (parents + first_rows).flatten())
     result.store(sentences, finished)
     return result
+
+
+def _continuations(
+    logits: Tensor, count: int, history: Tensor, step: int, options: GenerationOptions
+) -> tuple[Tensor, Tensor]:
+    """The `count` best next tokens of each row [R, V]: log-probabilities and ids [R, count]."""
+    if untouched(step, options):
+        return log_softmax_topk(logits, count)
+    log_probs = process(torch.log_softmax(logits.float(), -1), history, step, options)
+    scores, ids = log_probs.topk(count)
+    return scores, ids
 
 
 def _extended(
