@@ -41,6 +41,7 @@ MODULES = [
     "tilewise_kernels.activation_triton",
     "tilewise_kernels.attention_triton",
     "tilewise_kernels.decode_attention_triton",
+    "tilewise_kernels.cross_entropy_triton",
     "tilewise_kernels.layer_norm_triton",
     "tilewise_kernels.norm_triton",
     "tilewise_kernels.linear_act_triton",

@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .attention_varlen import attention_varlen
+from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
@@ -16,6 +17,7 @@ __all__ = [
     "PackedLinear",
     "attention",
     "attention_varlen",
+    "cross_entropy",
     "decode_attention",
     "explain",
     "feed_forward",

@@ -37,22 +37,30 @@ def reference_backward(grad: Tensor, y: Tensor, dim: int, needs: list[bool]) -> 
     return (torch.ops.aten._log_softmax_backward_data(grad, y, dim, y.dtype),)
 
 
+def _moved(x: Tensor, dim: int) -> Tensor:
+    """x with `dim` last, without the cost of a call where it is."""
+    return x if dim == x.dim() - 1 else x.movedim(dim, -1)
+
+
+def _back(y: Tensor, dim: int) -> Tensor:
+    return y if dim == y.dim() - 1 else y.movedim(-1, dim)
+
+
 def _native_forward(x: Tensor, dim: int) -> tuple[Tensor]:
-    return (native.op("log_softmax_forward")(x.movedim(dim, -1)).movedim(-1, dim),)
+    return (_back(native.op("log_softmax_forward")(_moved(x, dim)), dim),)
 
 
 def _native_backward(grad: Tensor, y: Tensor, dim: int, needs: list[bool]) -> tuple[Tensor]:
-    dx = native.op("log_softmax_backward")(grad.movedim(dim, -1), y.movedim(dim, -1))
-    return (dx.movedim(-1, dim),)
+    dx = native.op("log_softmax_backward")(_moved(grad, dim), _moved(y, dim))
+    return (_back(dx, dim),)
 
 
 def _triton_forward(x: Tensor, dim: int) -> tuple[Tensor]:
-    return (log_softmax_triton.forward(x.movedim(dim, -1)).movedim(-1, dim),)
+    return (_back(log_softmax_triton.forward(_moved(x, dim)), dim),)
 
 
 def _triton_backward(grad: Tensor, y: Tensor, dim: int, needs: list[bool]) -> tuple[Tensor]:
-    dx = log_softmax_triton.backward(grad.movedim(dim, -1), y.movedim(dim, -1))
-    return (dx.movedim(-1, dim),)
+    return (_back(log_softmax_triton.backward(_moved(grad, dim), _moved(y, dim)), dim),)
 
 
 def _strided(x: Tensor, dim: int) -> str | None:

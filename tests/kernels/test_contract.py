@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tilewise_kernels import (
     attention,
     attention_varlen,
+    cross_entropy,
     decode_attention,
     explain,
     feed_forward,
@@ -50,6 +51,7 @@ FLOAT32_UNDER_AUTOCAST = {
     "layer_norm",
     "log_softmax",
     "log_softmax_topk",
+    "cross_entropy",
 }  # as the torch functions of the same name
 
 # ---- samples -----------------------------------------------------------------------------------
@@ -114,6 +116,15 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(log_softmax_topk, "empty", {"x": normal(0, 5)}, {"k": 5})
     yield Sample(log_softmax_topk, "strided, k 1", {"x": strided(2, 3, 5)}, {"k": 1})
     yield Sample(log_softmax_topk, "one row, all of it", {"x": normal(7)}, {"k": 7})
+
+    labels = {"target": torch.tensor([1, -100, 4])}
+    every = {"label_smoothing": 0.1, "z_loss": 0.01}
+    yield Sample(cross_entropy, "plain", {"logits": normal(3, 5)}, labels)
+    yield Sample(cross_entropy, "empty", {"logits": normal(0, 5)}, {"target": torch.ones(0).long()})
+    yield Sample(cross_entropy, "strided, smooth, z", {"logits": strided(3, 5)}, labels | every)
+    yield Sample(cross_entropy, "one row, sum", {"logits": normal(7)},
+                 {"target": torch.tensor(2), "reduction": "sum"})  # fmt: skip
+    yield Sample(cross_entropy, "none", {"logits": normal(3, 5)}, labels | {"reduction": "none"})
 
     def qkv(heads: int, kv_heads: int, sq: int, sk: int, d: int, make=normal) -> dict[str, Tensor]:
         sizes = {"q": (heads, sq), "k": (kv_heads, sk), "v": (kv_heads, sk)}
@@ -233,6 +244,9 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
 
     if function is softmax:
         return Sample(softmax, "", {"x": normal(2, n, n)}, {"causal": True, "scale": 0.5})
+    if function is cross_entropy:
+        target = torch.arange(2 * n).view(2, n) % 6
+        return Sample(cross_entropy, "", {"logits": normal(2, n, 6)}, {"target": target})
     if function is log_softmax:
         return Sample(log_softmax, "", {"x": normal(2, n)})
     if function is log_softmax_topk:
@@ -433,7 +447,7 @@ def test_upstream_gradients_of_stride_zero_or_transposed(sample):
     plain = trained.gradients()
     expanded = trained.gradients(lambda y: torch.ones((), dtype=y.dtype).expand_as(y))
     transposed = trained.gradients(
-        lambda y: torch.ones(y.shape[::-1]).permute(*range(y.dim())[::-1])
+        lambda y: torch.ones(y.shape[::-1]).permute(tuple(range(y.dim())[::-1]))
     )
     for a, b, c in zip(plain, expanded, transposed, strict=True):
         torch.testing.assert_close(b, a)
