@@ -7,6 +7,7 @@ from .decode_attention import decode_attention
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
 from .linear import PackedLinear, linear, pack_linear
+from .linear_cross_entropy import linear_cross_entropy
 from .log_softmax import log_softmax, log_softmax_topk
 from .op import explain, force, record
 from .rotary import rotary
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "linear_act",
     "pack_linear",
+    "linear_cross_entropy",
     "log_softmax",
     "log_softmax_topk",
     "record",

@@ -60,17 +60,18 @@ def reduced(losses: Tensor, target: Tensor, ignored: int, reduction: str) -> Ten
 # -- reference -----------------------------------------------------------------------------------
 
 
-def _checked(target: Tensor, V: int, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets fit to index with, which rows are ignored, and which are out of range.
+def _out_of_range(target: Tensor, V: int, ignored: int) -> Tensor:
+    return (target != ignored) & ((target < 0) | (target >= V))
 
-    A CPU raises ArgumentError for the last; a GPU would have to wait for the answer.
-    """
-    skipped = target == ignored
-    wrong = ~skipped & ((target < 0) | (target >= V))
-    if target.is_cpu and bool(wrong.any()):
+
+def check_range(op: str, target: Tensor, V: int, ignored: int) -> None:
+    """Raise on a CPU for a target out of range; a GPU would have to wait for the answer."""
+    if not target.is_cpu:
+        return
+    wrong = _out_of_range(target, V, ignored)
+    if bool(wrong.any()):
         takes = f"it takes 0 to {V - 1} or the ignore_index {ignored}"
-        raise fail("cross_entropy", "target", f"{target[wrong][0].item()} in a row", takes)
-    return torch.where(skipped | wrong, 0, target)[..., None], skipped, wrong
+        raise fail(op, "target", f"{target[wrong][0].item()} in a row", takes)
 
 
 def reference_losses(
@@ -78,7 +79,9 @@ def reference_losses(
 ) -> Pair:
     """losses [...] and statistics [..., 2] by the formula at the top of this file."""
     x = logits.to(accumulator(logits.dtype))
-    at, skipped, wrong = _checked(target, x.shape[-1], ignored)
+    check_range("cross_entropy", target, x.shape[-1], ignored)
+    skipped, wrong = target == ignored, _out_of_range(target, x.shape[-1], ignored)
+    at = torch.where(skipped | wrong, 0, target)[..., None]
     top = x.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
     below = x - top
@@ -103,7 +106,8 @@ def reference_dlogits(
 ) -> Tensor:
     """dlogits by the formula at the top of this file; weight is g."""
     x = logits.to(statistics.dtype)
-    at, skipped, wrong = _checked(target, x.shape[-1], ignored)
+    skipped, wrong = target == ignored, _out_of_range(target, x.shape[-1], ignored)
+    at = torch.where(skipped | wrong, 0, target)[..., None]
     top, log_sum = statistics[..., :1], statistics[..., 1:]
     slope = (x - top - log_sum).exp() * (1 + 2 * z * (top + log_sum)) - smoothing / x.shape[-1]
     slope = slope.scatter(-1, at, slope.gather(-1, at) - (1 - smoothing)) * weight[..., None]
@@ -131,6 +135,11 @@ def _native_forward(*args: Any) -> Pair:
 def _native_backward(*args: Any) -> tuple[Tensor]:
     *inner, needs = args
     return (native.op("cross_entropy_backward")(*inner),)
+
+
+def native_losses(*args: Any) -> Tensor:
+    losses: Tensor = native.op("cross_entropy_forward")(*args, "none")[0]
+    return losses
 
 
 def native_in_place(*args: Any) -> Tensor:

@@ -131,7 +131,7 @@ def losses(
     found = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     statistics = found.new_empty((*target.shape, 2))
     if target.numel():
-        rows, flat = as_rows(logits), target.reshape(-1)
+        rows, flat = as_rows(logits), target.reshape(-1).contiguous()
         launch = losses_launch(rows, flat, found, statistics, ignored, smoothing, z)
         launch.run(logits.device)
     return found, statistics
@@ -166,7 +166,7 @@ def _write_dlogits(
     if not target.numel():
         return
     weight = weight.reshape(-1) if weight.dim() else weight
-    rows, flat = as_rows(logits), target.reshape(-1)
+    rows, flat = as_rows(logits), target.reshape(-1).contiguous()
     dlogits_launch(weight, rows, flat, statistics.contiguous(), out, *options).run(out.device)
 
 

@@ -28,6 +28,7 @@ from tilewise_kernels import (
     linear_act,
     rotary,
     rms_norm,
+    linear_cross_entropy,
     log_softmax,
     log_softmax_topk,
     softmax,
@@ -52,7 +53,10 @@ FLOAT32_UNDER_AUTOCAST = {
     "log_softmax",
     "log_softmax_topk",
     "cross_entropy",
-}  # as the torch functions of the same name
+}
+FLOAT32_LOSS = {
+    "linear_cross_entropy"
+}  # whose products run in the dtype of autocast  # as the torch functions of the same name
 
 # ---- samples -----------------------------------------------------------------------------------
 
@@ -125,6 +129,16 @@ def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     yield Sample(cross_entropy, "one row, sum", {"logits": normal(7)},
                  {"target": torch.tensor(2), "reduction": "sum"})  # fmt: skip
     yield Sample(cross_entropy, "none", {"logits": normal(3, 5)}, labels | {"reduction": "none"})
+
+    def classifier(m: int, make=normal) -> dict[str, Tensor]:
+        return {"x": make(m, 4), "weight": make(5, 4)}
+
+    biased = classifier(3, strided) | {"bias": normal(5)}
+    yield Sample(linear_cross_entropy, "plain", classifier(3), labels)
+    yield Sample(linear_cross_entropy, "empty", classifier(0), {"target": torch.ones(0).long()})
+    yield Sample(linear_cross_entropy, "strided, bias, smooth, z", biased, labels | every)
+    yield Sample(linear_cross_entropy, "sum", classifier(3), labels | {"reduction": "sum"})
+    yield Sample(linear_cross_entropy, "none, bias", biased, labels | {"reduction": "none"})
 
     def qkv(heads: int, kv_heads: int, sq: int, sk: int, d: int, make=normal) -> dict[str, Tensor]:
         sizes = {"q": (heads, sq), "k": (kv_heads, sk), "v": (kv_heads, sk)}
@@ -244,6 +258,10 @@ def at_length(function: Callable[..., Any], n: int) -> Sample:
 
     if function is softmax:
         return Sample(softmax, "", {"x": normal(2, n, n)}, {"causal": True, "scale": 0.5})
+    if function is linear_cross_entropy:
+        tensors = {"x": normal(2, n, 8), "weight": normal(6, 8), "bias": normal(6)}
+        target = torch.arange(2 * n).view(2, n) % 6
+        return Sample(linear_cross_entropy, "", tensors, {"target": target})
     if function is cross_entropy:
         target = torch.arange(2 * n).view(2, n) % 6
         return Sample(cross_entropy, "", {"logits": normal(2, n, 6)}, {"target": target})
@@ -499,7 +517,7 @@ def test_autocast(sample, low):
             with Calls():
                 assert same_bits(trained.outputs(), outputs)
                 assert same_bits(trained.gradients(), gradients)
-        assert outputs[0].dtype == expected_dtype
+        assert outputs[0].dtype == (torch.float32 if name in FLOAT32_LOSS else expected_dtype)
         assert all(g.dtype == given for g in gradients)
         plain = sample.trained(given)
         plain.tensors = {n: t.to(expected_dtype) for n, t in plain.tensors.items()}
