@@ -1,6 +1,6 @@
 // Cross-entropy on the CPU. Compiled once per capability.
 //
-//   top, log_sum, spread    one read of the logits, piece by piece (vector_rows.h)
+//   top, log_sum, spread    one read of the logits, piece by piece (normaliser.h)
 //   loss                    from these three and the target's logit
 //   dlogits                 a second read, from cache where the same call found the statistics
 //
@@ -10,7 +10,7 @@
 
 #include <ATen/Parallel.h>
 
-#include "vector_rows.h"
+#include "normaliser.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tilewise_kernels import (
     attention,
+    cross_entropy,
     decode_attention,
     explain,
     feed_forward,
@@ -22,6 +23,8 @@ from tilewise_kernels import (
     layer_norm,
     linear_act,
     rotary,
+    linear_cross_entropy,
+    log_softmax,
     softmax,
 )
 
@@ -30,6 +33,9 @@ FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 Sample = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 OPS = (
     "softmax",
+    "log_softmax",
+    "cross_entropy",
+    "linear_cross_entropy",
     "attention",
     "decode_attention",
     "layer_norm",
@@ -40,6 +46,9 @@ OPS = (
 # On a GPU; None: either of two ways, by the shape.
 EXPECTED = {
     "softmax": "native",
+    "log_softmax": "triton",
+    "cross_entropy": "triton",
+    "linear_cross_entropy": "triton",
     "attention": "triton",
     "decode_attention": "reference",
     "layer_norm": "triton",
@@ -59,6 +68,15 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
         rows, s, wide = pick(300, 8), pick(97, 9), pick(512, 16)
         if op == "softmax":
             return softmax, {"x": normal(2, 3, s, s)}, {"causal": True, "scale": 0.5}
+        if op == "log_softmax":
+            return log_softmax, {"x": normal(2, 3, s, s)}, {}
+        if op == "cross_entropy":
+            options = {"target": torch.arange(rows, device=device) % wide, "reduction": "none"}
+            return cross_entropy, {"logits": normal(rows, wide)}, options
+        if op == "linear_cross_entropy":
+            tensors = {"x": normal(rows, wide), "weight": normal(2 * wide, wide, std=wide**-0.5)}
+            options = {"target": torch.arange(rows, device=device) % 7, "reduction": "none"}
+            return linear_cross_entropy, tensors, options
         if op == "attention":
             q, kv = normal(2, 4, s, 64), normal(2, 2, 2, s, 64)
             lengths = torch.tensor([s, s // 2], device=device)
@@ -236,8 +254,8 @@ def test_autocast(op: str, sample, device, pick) -> None:
     dtype = pick(BF16, HALF)
     with torch.autocast(device.type, dtype=dtype):
         y, *grads = everything(function, tensors, options)
-    wide = op in ("softmax", "layer_norm")
-    assert y.dtype == (FLOAT if wide else dtype)
+    wide = op in ("softmax", "layer_norm", "log_softmax", "cross_entropy")
+    assert y.dtype == (FLOAT if wide or op == "linear_cross_entropy" else dtype)
     assert all(grad.dtype == FLOAT for grad in grads)
     expected = everything(function, tensors, options)
     assert_close([y.float(), *grads], expected, 1e-5 if wide else 5e-2)
@@ -271,6 +289,7 @@ def test_empty_inputs_launch_nothing(op: str, sample) -> None:
         tensors = tensors | {"x": tensors["x"][:0], "residual": tensors["residual"][:0]}
     else:
         tensors = tensors | {first: tensors[first][:0]}
+        options = {n: o[:0] if isinstance(o, Tensor) else o for n, o in options.items()}
     y, *grads = everything(function, tensors, options)
     assert y.numel() == 0 and all((grad == 0).all() for grad in grads)
 
