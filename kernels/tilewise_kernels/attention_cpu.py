@@ -255,22 +255,19 @@ def _flash(
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """rest: Scoring's fields, then needs. dbias comes from the blocked way, the rest from pieces:
-    with the whole row's out and lse each piece gives its exact share of the gradients.
+    """rest: Scoring's fields, then needs. The kernel finds no dbias: the blocked way then finds all
+    gradients in one pass (measured 0.85 to 0.92 of the kernel's three and a pass for dbias alone).
     """
     *scoring, needs = rest
-    dbias = None
     if needs[3]:
-        only = [False, False, False, True]
-        dbias = blocked_backward(grad, q, k, v, out, lse, *scoring, only)[3]
-    if not any(needs[:3]):
-        return None, None, None, dbias
-    return *_backward_qkv(grad, q, k, v, out, lse, Scoring(*scoring)), dbias
+        return blocked_backward(grad, q, k, v, out, lse, *rest)
+    return *_backward_qkv(grad, q, k, v, out, lse, Scoring(*scoring)), None
 
 
 def _backward_qkv(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """With the whole row's out and lse each piece gives its exact share of the gradients."""
     if how.scale < 0:
         how = how._replace(scale=-how.scale)
         dq, dk, dv = _backward_qkv(grad, -q, k, v, out, lse, how)
