@@ -418,7 +418,15 @@ def tile_lists(call: Call, arguments: dict[str, Any], by_keys: bool) -> list[Lau
     if call.mask is None or call.mask.dtype != torch.bool:
         return []
     load(globals())
-    names = ("mask_ptr", "lengths_ptr", "Sq", "Sk", "left", "right", "stride_lengths")
+    names: tuple[str, ...] = (
+        "mask_ptr",
+        "lengths_ptr",
+        "Sq",
+        "Sk",
+        "left",
+        "right",
+        "stride_lengths",
+    )
     names += ("BLOCK_M", "BLOCK_N", *strides("mask_", "bhqk", None))
     chosen = {name: arguments[name] for name in names}
     q_blocks = -(-chosen["Sq"] // chosen["BLOCK_M"])

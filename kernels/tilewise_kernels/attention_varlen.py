@@ -49,20 +49,20 @@ NO_MASKS = (None, None, None)  # attention's mask, bias and key_lengths
 
 
 class _Run(NamedTuple):
-    """`count` neighbours of equal lengths, from sequence `first` on; none of them is empty."""
+    """`sequences` neighbours of equal lengths, from sequence `first` on; none of them is empty."""
 
     first: int
-    count: int
+    sequences: int
     rows: slice
     keys: slice
 
     def batch(self, packed: Tensor, where: slice) -> Tensor:
-        """These rows of [T, heads, width] as [count, heads, length, width]."""
-        return packed[where].unflatten(0, (self.count, -1)).transpose(1, 2)
+        """These rows of [T, heads, width] as [sequences, heads, length, width]."""
+        return packed[where].unflatten(0, (self.sequences, -1)).transpose(1, 2)
 
     def lse(self, lse: Tensor) -> Tensor:
-        """Its part of [Hq, Tq] as [count, Hq, length]."""
-        return lse[:, self.rows].unflatten(1, (self.count, -1)).transpose(0, 1)
+        """Its part of [Hq, Tq] as [sequences, Hq, length]."""
+        return lse[:, self.rows].unflatten(1, (self.sequences, -1)).transpose(0, 1)
 
 
 def _runs(cu_q: Tensor, cu_k: Tensor, together: bool) -> Iterator[_Run]:
@@ -151,8 +151,8 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton
 
-    cut = (cu_q.contiguous(), cu_k.contiguous())
-    return attention_triton.forward(*map(_whole, (q, k, v)), *NO_MASKS, *scoring, *cut)
+    given: tuple[Any, ...] = (_whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring)
+    return attention_triton.forward(*given, cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous())
 
 
 def _triton_backward(
@@ -162,9 +162,11 @@ def _triton_backward(
     from . import attention_triton
 
     *scoring, needs = rest
-    tensors = (grad, *map(_whole, (q, k, v)), out, lse, *NO_MASKS, *scoring)
-    cut = (cu_q.contiguous(), cu_k.contiguous())
-    return attention_triton.backward(*tensors, [*needs, False], *cut)[:3]
+    given: tuple[Any, ...] = (grad, _whole(q), _whole(k), _whole(v), out, lse)
+    given += (*NO_MASKS, *scoring)
+    return attention_triton.backward(
+        *given, [*needs, False], cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous()
+    )[:3]
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
@@ -182,12 +184,12 @@ def cost(
     pairs = 0
     reach = 0 if causal else right
     for run in _runs(cu_q, cu_k, together=True):
-        sq = (run.rows.stop - run.rows.start) // run.count
-        sk = (run.keys.stop - run.keys.start) // run.count
+        sq = (run.rows.stop - run.rows.start) // run.sequences
+        sk = (run.keys.stop - run.keys.start) // run.sequences
         at = torch.arange(sq) + sk - sq
         first = (at - left).clamp(0, sk) if left >= 0 else torch.zeros_like(at)
         last = (at + reach + 1).clamp(0, sk) if reach >= 0 else torch.full_like(at, sk)
-        pairs += run.count * int((last - first).clamp(min=0).sum())
+        pairs += run.sequences * int((last - first).clamp(min=0).sum())
     flops = 2 * q.shape[1] * pairs * (q.shape[2] + v.shape[2])
     outputs = q.shape[0] * q.shape[1] * v.shape[2]
     moved = (q.numel() + k.numel() + v.numel() + outputs) * q.element_size()
@@ -269,7 +271,7 @@ def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, lette
     if edges[-1] != packed.shape[0]:
         takes = f"it must end with {packed.shape[0]}, the rows of {letter}"
         raise fail(NAME, name, f"one that ends with {edges[-1]}", takes)
-    if longest is not None and lengths and max(lengths) > longest:  # type: ignore[operator]
+    if longest is not None and lengths and max(lengths) > longest:
         raise fail(NAME, limit, longest, f"{name} has a sequence of {max(lengths)}")
 
 
