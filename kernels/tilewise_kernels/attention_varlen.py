@@ -151,8 +151,9 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton
 
-    given: tuple[Any, ...] = (_whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring)
-    return attention_triton.forward(*given, cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous())
+    given: list[Any] = [_whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring]
+    given += [cu_q.contiguous(), cu_k.contiguous()]
+    return attention_triton.forward(*given)
 
 
 def _triton_backward(
@@ -162,11 +163,9 @@ def _triton_backward(
     from . import attention_triton
 
     *scoring, needs = rest
-    given: tuple[Any, ...] = (grad, _whole(q), _whole(k), _whole(v), out, lse)
-    given += (*NO_MASKS, *scoring)
-    return attention_triton.backward(
-        *given, [*needs, False], cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous()
-    )[:3]
+    given: list[Any] = [grad, _whole(q), _whole(k), _whole(v), out, lse, *NO_MASKS, *scoring]
+    given += [[*needs, False], cu_q.contiguous(), cu_k.contiguous()]
+    return attention_triton.backward(*given)[:3]
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
