@@ -214,15 +214,15 @@ class DecodeConfig(NamedTuple):
     programs: int
 
 
-# "half" | "float32" -> padded head dim -> (positions, warps, stages, programs). Tiles were chosen so
-# that ahead-of-time compilation spills no register (but 24 bytes of the fullest float32 row at 256
-# on sm_80) and programs so that their 37 to 68 KB of shared memory fit an sm_90 or sm_100
+# "half" | "float32" -> padded head dim -> (positions, warps, stages, programs). Tiles are such that
+# ahead-of-time compilation spills no register (but 24 bytes of the fullest float32 row at 256, on
+# sm_80), programs such that their 37 to 68 KB of shared memory fit an sm_90 or sm_100
 # multiprocessor side by side. Not swept on a GPU.
 DECODE: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "half": {32: (128, 4, 3, 4), 64: (64, 4, 3, 4), 128: (64, 4, 2, 4), 256: (32, 4, 2, 4)},
     "float32": {32: (64, 4, 3, 4), 64: (32, 4, 3, 4), 128: (32, 8, 2, 4), 256: (16, 8, 2, 3)},
 }
-DECODE_INTERPRETED = (16, 4, 1, 2)
+DECODE_INTERPRETED = (32, 4, 1, 2)
 
 
 def decode_config(capability: int, dtype: torch.dtype, head_dim: int, queries: int) -> DecodeConfig:

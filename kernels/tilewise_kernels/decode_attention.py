@@ -10,6 +10,10 @@ Work: 4 R Hq Sq T D FLOPs; bytes: the T cached keys and values read once. Memory
 Shapes: q [R, Hq, Sq, D]; k_cache, v_cache [C, Hkv, T, D] (C = R without beam_index;
 [pages, Hkv, P, D] with block_table); lengths [R]; beam_index [R, T] int32; block_table
 [R, pages per row] int32; alibi_slopes [Hq]; bias broadcasts to [R, Hq, Sq, T]; out [R, Hq, Sq, D].
+
+Ways: triton (decode_attention_triton.py) on CUDA and native (csrc/decode_attention.*) on CPU read
+the cache in place; torch, where the extension is not built: the CPU flash kernel inside torch over
+a gathered cache; reference: everything else, and the backward of all.
 """
 
 from typing import Any

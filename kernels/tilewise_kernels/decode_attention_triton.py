@@ -44,7 +44,7 @@ from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
 
-INTERPRETED_PROCESSORS = 4  # as if: enough for several splits of a small cache
+INTERPRETED_PROCESSORS = 16  # as if: enough for several splits of a small cache
 
 
 @jit
@@ -90,7 +90,7 @@ def split_kernel(
     begin = split * split_size
     end = tl.minimum(begin + split_size, length)
     if WINDOW:
-        begin = tl.maximum(begin, (length - Sq - left) // BLOCK_N * BLOCK_N)
+        begin = tl.maximum(begin, length - Sq - left)
 
     cols = tl.arange(0, BLOCK_D)
     q_rows = row * stride_qr + query_head * stride_qh + query.to(tl.int64) * stride_qm
@@ -305,20 +305,17 @@ def split_positions(call: Call) -> tuple[int, int]:
 
 @functools.cache
 def divide(capacity: int, block_n: int, programs: int, slots: int) -> tuple[int, int]:
-    """Splits of `capacity` positions for `programs` programs each, `slots` of which run at a time.
+    """(splits, positions of a split), for `programs` per split, `slots` of which run at a time.
 
-    The fewest splits whose last wave leaves at most a tenth more of the chip idle than the best
-    choice would, each at least two tiles long; then the positions of a split, in whole tiles.
+    The choice that ends first when each wave of programs takes as long as its tiles and one more,
+    which stands for the start of a program and for its share of the combination.
     """
     tiles = -(-capacity // block_n)
 
-    def busy(splits: int) -> float:
-        waves = programs * splits / slots
-        return waves / math.ceil(waves)
+    def time(splits: int) -> int:
+        return -(-programs * splits // slots) * (-(-tiles // splits) + 1)
 
-    choices = range(1, max(1, min(64, tiles // 2)) + 1)
-    best = max(busy(splits) for splits in choices)
-    wanted = next(splits for splits in choices if busy(splits) >= 0.9 * best)
+    wanted = min(range(1, max(1, min(64, tiles // 2)) + 1), key=time)
     size = -(-tiles // wanted) * block_n
     return -(-capacity // size), size
 
