@@ -68,11 +68,15 @@ Dropout dropout_of(const Optional& seed, double p) {
   return {true, *seed->const_data_ptr<int64_t>(), threshold, p == 1 ? 0 : 1 / (1 - p)};
 }
 
-// Whether rows of an output can and should be written past the caches.
-bool streamed(const Tensor& output, int64_t columns) {
-  const auto address = reinterpret_cast<uintptr_t>(output.const_data_ptr());
-  return static_cast<int64_t>(output.nbytes()) >= kStreamedBytes && columns % 16 == 0 &&
-         address % 64 == 0;
+// Whether rows of the outputs, either of which may be absent, can and should be written past the
+// caches.
+bool streamed(const Tensor& first, const Tensor& second, int64_t columns) {
+  const auto aligned = [](const Tensor& output) {
+    return reinterpret_cast<uintptr_t>(data_of(output)) % 64 == 0;
+  };
+  const Tensor& either = data_of(first) ? first : second;
+  return either.defined() && static_cast<int64_t>(either.nbytes()) >= kStreamedBytes &&
+         columns % 16 == 0 && aligned(first) && aligned(second);
 }
 
 // ---- checks -----------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   args.eps = eps;
   args.dropout = dropout_of(seed, dropout_p);
   args.rms = rms;
-  args.streamed = streamed(y, columns);
+  args.streamed = streamed(y, s, columns);
   TILEWISE_BEST(norm_forward)(args);
   return {y, s, mean, rstd};
 }
@@ -212,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   args.s_type = float_of(s);
   args.parameter_type = float_of(weight ? *weight : needs_bias ? dbias : partial);
   args.dropout = dropout_of(seed, dropout_p);
-  args.streamed = dx.defined() ? streamed(dx, columns) : ds.defined() && streamed(ds, columns);
+  args.streamed = streamed(dx, ds, columns);
   TILEWISE_BEST(norm_backward)(args);
   return {dx, dresidual, dweight, dbias};
 }

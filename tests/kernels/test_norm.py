@@ -159,7 +159,7 @@ def test_dropout_opcheck(norm, way):
 # ---- extremes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, columns", [(2, 65537), (1, 131072), (3, 16385)])
+@pytest.mark.parametrize("rows, columns", [(1, 65537), (1, 131072), (2, 16385)])
 def test_rows_that_no_program_holds(norm, rows, columns, assert_accurate):
     """Triton in blocks of columns, beside torch in float64."""
     x, residual = 5 + randn(rows, columns, seed=1), randn(rows, columns, seed=2)
@@ -262,7 +262,7 @@ def normal(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 for norm in (layer_norm, rms_norm):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for shape in ((9, 83), (1500, 1600)):
+        for shape in ((9, 83), (2800 // dtype.itemsize, 1600)):  # the second is streamed
             found = []
             for way in ("native", "reference"):
                 x, r = (normal(*shape, seed=i).to(dtype).requires_grad_() for i in (1, 2))
