@@ -24,8 +24,8 @@ namespace {
 
 // ---- vectors of a row -------------------------------------------------------------------------
 
-// body(j, Whole(), lane) for each whole vector at column j, then body(j, count, lane) for the columns
-// left. Sums are kept in kSums vectors by lane, so that no addition waits for the one before.
+// body(j, Whole(), lane) for each whole vector at column j, then body(j, count, lane) for the
+// columns left. Sums are kept in kSums vectors by lane, so that no addition waits for the one before.
 struct Whole {};
 constexpr int kSums = 4;
 
@@ -157,7 +157,9 @@ void read_parameter(const void* from, Float type, int64_t columns, A missing, A*
     using P = decltype(sample);
     if constexpr (std::is_same_v<Accumulate<P>, A>) {
       const P* values = static_cast<const P*>(from);
-      each_vector<A>(columns, [&](int64_t j, auto part, int) { read(values + j, part).store(to + j); });
+      each_vector<A>(columns, [&](int64_t j, auto part, int) {
+        read(values + j, part).store(to + j);
+      });
     }
   });
 }
