@@ -39,6 +39,7 @@ from tilewise_kernels.launch import Compilation, Launch  # noqa: E402
 
 MODULES = [
     "tilewise_kernels.activation_triton",
+    "tilewise_kernels.adamw_triton",
     "tilewise_kernels.attention_triton",
     "tilewise_kernels.decode_attention_triton",
     "tilewise_kernels.cross_entropy_triton",

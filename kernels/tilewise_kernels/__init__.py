@@ -1,5 +1,6 @@
 """Fused Transformer kernels that run on CPU and GPU tensors under one contract."""
 
+from .adamw import adamw_step
 from .attention import attention
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
@@ -16,6 +17,7 @@ from .softmax import softmax
 
 __all__ = [
     "PackedLinear",
+    "adamw_step",
     "attention",
     "attention_varlen",
     "cross_entropy",

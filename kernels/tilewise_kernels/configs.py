@@ -314,6 +314,11 @@ def linear_config(capability: int, dtype: torch.dtype, K: int) -> LinearConfig:
     return table["half, ragged" if K % table["half"].block_k else "half"]
 
 
+# -- adamw ---------------------------------------------------------------------------------------
+
+ADAMW_BLOCK = 1024  # elements of a program
+
+
 # -- between two products ------------------------------------------------------------------------
 
 ACTIVATION_BLOCK = 1024  # elements of a program

@@ -39,6 +39,7 @@ OPS = sorted(
     name.removeprefix("tilewise::").split(".")[0]
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("tilewise::")
+    and not name.startswith("tilewise::adamw_step")  # changes its inputs: test_adamw.py
 )
 INFERENCE_ONLY = {"linear"}  # most of what follows asks for gradients: their own files test them
 FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm"}  # as the torch functions of the same name

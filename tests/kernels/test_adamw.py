@@ -1,0 +1,314 @@
+"""adamw_step in each of its ways, against torch.optim.AdamW and the formula in float64."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewise_kernels import adamw_step, force
+from tilewise_kernels.errors import ArgumentError, KernelUnavailable
+
+WAYS = ("triton", "native", "reference")
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+SHAPES = [(), (1,), (7,), (33, 50), (3, 5, 17), (9000,), (0, 4)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Runs the test once in each implementation."""
+    with force(request.param):
+        yield request.param
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def parameters(dtype: torch.dtype = F32) -> list[Tensor]:
+    return [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(SHAPES)]
+
+
+def gradients(step: int, dtype: torch.dtype = F32) -> list[Tensor]:
+    """Of every size: the smallest are near eps."""
+    sizes = [10.0 ** (-3 * (i % 4)) for i in range(len(SHAPES))]
+    return [
+        (size * randn(*shape, seed=100 * step + i)).to(dtype)
+        for i, (shape, size) in enumerate(zip(SHAPES, sizes, strict=True))
+    ]
+
+
+class State:
+    """Parameters with what a step needs beside them."""
+
+    def __init__(self, params: list[Tensor], moments: torch.dtype | None = None) -> None:
+        self.params = params
+        self.m, self.v = (
+            [torch.zeros_like(p, dtype=moments or p.dtype) for p in params] for _ in range(2)
+        )
+
+    def step(self, grads: list[Tensor], t: int, **options) -> Tensor | None:
+        return adamw_step(self.params, grads, self.m, self.v, t, **({"lr": 1e-2} | options))
+
+
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.numel()]
+    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+# ---- equal to torch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (F32, F64), ids=str)
+@pytest.mark.parametrize("max_norm", (None, 0.5, 1e4))
+def test_twenty_steps_equal_torchs(dtype, max_norm, way):
+    """To rounding: against float64 no further off than torch itself, twice."""
+    option = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    ours = State(parameters(dtype))
+    plain, exact = ([torch.nn.Parameter(p.to(d)) for p in parameters(dtype)] for d in (dtype, F64))
+    optimizers = [torch.optim.AdamW(each, lr=1e-2, **option) for each in (plain, exact)]
+    for t in range(1, 21):
+        grads = gradients(t, dtype)
+        before = [g.clone() for g in grads]
+        norm = ours.step(grads, t, max_norm=max_norm, **option)
+        assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+        for params, optimizer in zip((plain, exact), optimizers, strict=True):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype, copy=True)
+            if max_norm is not None:
+                total = torch.nn.utils.clip_grad_norm_(params, max_norm)
+                torch.testing.assert_close(norm, total.float())
+            optimizer.step()
+    assert max_norm is not None or norm is None
+    error = largest_difference(ours.params, exact)
+    assert error <= 2 * largest_difference(plain, exact) + 1e-7 * (1e-7 if dtype == F64 else 1)
+    for name, moments in (("exp_avg", ours.m), ("exp_avg_sq", ours.v)):
+        theirs = [optimizers[0].state[p][name] for p in plain]
+        for a, b in zip(moments, theirs, strict=True):
+            largest = b.abs().max().item() if b.numel() else 0.0  # means cancel
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+def test_masters_follow_float32_and_parameters_are_rounded_from_them(dtype, way):
+    if way == "triton" and dtype == BF16:
+        return  # its interpreter rounds bfloat16 wrongly
+    params = parameters(dtype)
+    master = [p.float() for p in params]
+    ours, wide = State(params, F32), State([p.float() for p in params])
+    for t in range(1, 11):
+        grads = gradients(t, dtype)
+        ours.step(grads, t, master=master, lr=1e-4)
+        with force("reference"):
+            wide.step([g.float() for g in grads], t, lr=1e-4)
+    for p, w, exact in zip(params, master, wide.params, strict=True):
+        torch.testing.assert_close(w, exact, rtol=1e-6, atol=1e-7)
+        assert torch.equal(p, w.to(dtype))
+    # a step too small for bfloat16 gets lost without a master
+    assert any(not torch.equal(w, p.float()) for p, w in zip(params, master, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+def test_half_precision_without_masters(dtype, way):
+    """Moments in the parameters' dtype, each step rounded once, as torch does or better."""
+    if way == "triton" and dtype == BF16:
+        return
+    ours = State(parameters(dtype))
+    plain, exact = ([torch.nn.Parameter(p.to(d)) for p in parameters(dtype)] for d in (dtype, F64))
+    optimizers = [torch.optim.AdamW(each, lr=1e-2, eps=1e-6) for each in (plain, exact)]
+    grads = [g.sign() for g in gradients(1, dtype)]
+    for t in range(1, 4):
+        ours.step(grads, t, eps=1e-6)
+        for params, optimizer in zip((plain, exact), optimizers, strict=True):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype)
+            optimizer.step()
+    assert largest_difference(ours.params, exact) <= 2 * largest_difference(plain, exact)
+
+
+def test_some_masters_are_none(way):
+    params = [randn(5, seed=0, dtype=F16), randn(6, seed=1)]
+    master = [params[0].float(), None]
+    state = State(params, F32)
+    state.step([torch.ones_like(p) for p in params], 1, master=master)
+    assert torch.equal(params[0], master[0].half()) and master[1] is None
+    with force("reference"):
+        alone = State([randn(6, seed=1)])
+        alone.step([torch.ones(6)], 1)
+    torch.testing.assert_close(params[1], alone.params[0])
+
+
+def test_the_step_may_be_a_tensor_and_gradients_scaled(way):
+    a, b = State(parameters()), State(parameters())
+    for t in range(1, 4):
+        first = a.step(gradients(t), t, max_norm=math.inf)
+        scaled = [64 * g for g in gradients(t)]
+        scale = 64.0 if t == 1 else torch.tensor([64.0])
+        second = b.step(scaled, torch.tensor(float(t)), grad_scale=scale, max_norm=math.inf)
+        torch.testing.assert_close(first, second)
+    for x, y in zip(a.params, b.params, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+# ---- layouts, repeats, strange numbers ---------------------------------------------------------
+
+
+def test_any_strides_change_no_bit(way):
+    def strided(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, -1)[..., ::2]
+
+    def turned(x: Tensor) -> Tensor:
+        return x.t().contiguous().t()
+
+    plain = State([randn(6, 9, seed=0), randn(6, 9, seed=1)])
+    moved = State([strided(plain.params[0]), turned(plain.params[1])])
+    for t in (1, 2):
+        grads = [randn(6, 9, seed=5 + t), randn(6, 9, seed=8 + t)]
+        norms = plain.step(grads, t, max_norm=1.0), None
+        norms = norms[0], moved.step([turned(grads[0]), strided(grads[1])], t, max_norm=1.0)
+        torch.testing.assert_close(*norms)
+    for a, b in zip(plain.params, moved.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_repeats_and_threads_change_no_bit():
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            state = State([randn(100003, seed=0), randn(333, 77, seed=1)])
+            for t in (1, 2):
+                norm = state.step([randn(*p.shape, seed=t) for p in state.params], t, max_norm=1.0)
+            found.append([norm, *state.params, *state.m, *state.v])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
+
+
+def test_the_norm_does_not_overflow_and_is_accurate(way):
+    x = randn(100000, seed=3, dtype=F16) * 3e4
+    x = x.clamp(-6e4, 6e4)
+    norm = State([torch.zeros_like(x)], F32).step([x], 1, max_norm=1.0)
+    torch.testing.assert_close(norm.double(), x.double().norm(), rtol=1e-6, atol=0.0)
+
+
+def test_nan_reaches_what_it_must(way):
+    grads = [torch.ones(4), torch.ones(5)]
+    grads[0][1] = math.nan
+    without, clipped = State([torch.ones(4), torch.ones(5)]), State([torch.ones(4), torch.ones(5)])
+    without.step(grads, 1)
+    assert without.params[0].isnan().tolist() == [False, True, False, False]
+    assert without.params[1].isfinite().all()
+    assert clipped.step(grads, 1, max_norm=1.0).isnan()
+    assert all(p.isnan().all() for p in clipped.params)
+
+
+def test_parameters_that_require_grad_and_stale_graphs(way):
+    p = torch.ones(3, requires_grad=True)
+    y = p.square()
+    state = State([p])
+    state.step([torch.ones(3)], 1)
+    assert p.requires_grad and p.is_leaf and p.grad is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_empty_list_does_nothing():
+    assert adamw_step([], [], [], [], 1, lr=1.0) is None
+    assert adamw_step([], [], [], [], 1, lr=1.0, max_norm=1.0) == 0
+
+
+# ---- torch integration -------------------------------------------------------------------------
+
+
+def test_opcheck():
+    params, grads = [randn(3, 4, seed=0), randn(5, seed=1)], [randn(3, 4, seed=2), randn(5, seed=3)]
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    masters = [torch.empty(0), torch.empty(0)]
+    coefficients = torch.tensor([0.1, 0.2, 1.0], dtype=F64)
+    arguments = (params, grads, m, v, masters, coefficients, 0.9, 0.999, 1e-8, 1e-5)
+    torch.library.opcheck(torch.ops.tilewise.adamw_step.default, arguments)
+
+
+def test_compile():
+    torch._dynamo.reset()
+    compiled = torch.compile(adamw_step, fullgraph=True, backend="aot_eager")
+    ours, plain = State(parameters()[3:5]), State(parameters()[3:5])
+    for t in range(1, 4):
+        grads, step = gradients(t)[3:5], torch.tensor(float(t))
+        norm = compiled(ours.params, grads, ours.m, ours.v, step, lr=1e-2, max_norm=0.1)
+        torch.testing.assert_close(norm, plain.step(grads, t, max_norm=0.1))
+    for a, b in zip(ours.params, plain.params, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_forced_ways_that_are_not_there():
+    with force("torch"), pytest.raises(KernelUnavailable, match="no 'torch' implementation"):
+        State([torch.ones(3)]).step([torch.ones(3)], 1)
+
+
+def test_no_slower_than_twice_torchs_fused(record_property):
+    """A guard against losing the parallel pass, loose enough for a busy machine."""
+    ours = State([randn(2**21, seed=0)])
+    plain = torch.nn.Parameter(randn(2**21, seed=0))
+    plain.grad = randn(2**21, seed=1)
+    optimizer = torch.optim.AdamW([plain], lr=1e-2, fused=True)
+    best = {"ours": math.inf, "torch": math.inf}
+    for t in range(1, 16):
+        for name, call in (
+            ("ours", lambda t=t: ours.step([plain.grad], t)),
+            ("torch", optimizer.step),
+        ):
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    record_property("ratio", best["torch"] / best["ours"])
+    assert best["ours"] <= 2 * best["torch"]
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"params": [torch.ones(3).int()]}, r"params\[0\] is torch.int32"),
+        ({"grads": []}, "grads is a list of 0; params holds 1"),
+        ({"grads": [None]}, r"grads\[0\] is NoneType"),
+        ({"grads": [torch.ones(4)]}, r"grads\[0\] is of shape \[4\]"),
+        ({"grads": [torch.ones(3).half()]}, r"grads\[0\] is torch.float16"),
+        ({"grads": [torch.ones(3).to_sparse()]}, r"grads\[0\] is torch.sparse_coo"),
+        ({"grads": [torch.ones(3, device="meta")]}, r"grads\[0\] is on meta"),
+        ({"exp_avgs": [torch.ones(3).double()]}, r"exp_avgs\[0\] is torch.float64"),
+        ({"exp_avg_sqs": [torch.ones(2)]}, r"exp_avg_sqs\[0\] is of shape \[2\]"),
+        ({"exp_avg_sqs": [torch.ones(3)] * 2}, "exp_avg_sqs is a list of 2"),
+        ({"master": [torch.ones(3)]}, r"master\[0\] is torch.float32; None goes with"),
+        ({"master": []}, "master is a list of 0"),
+        ({"step": 0}, "step is 0"),
+        ({"step": 1.5}, "step is 1.5"),
+        ({"step": torch.ones(2)}, r"step is of shape \[2\]"),
+        ({"lr": math.nan}, "lr is NaN"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": torch.tensor(0.1)}, "lr is tensor"),
+        ({"eps": math.nan}, "eps is NaN"),
+        ({"eps": -1e-8}, "eps is -1e-08"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
+        ({"betas": 0.9}, "betas is 0.9"),
+        ({"betas": (0.9, math.nan)}, r"betas\[1\] is NaN"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0"),
+        ({"grad_scale": 0.0}, "grad_scale is 0.0"),
+        ({"max_norm": 0.0}, "max_norm is 0.0"),
+        ({"max_norm": math.nan}, "max_norm is NaN"),
+    ],
+)
+def test_bad_input_changes_nothing(changes, message):
+    given = {name: [torch.ones(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    given |= {"step": 1, "lr": 0.1}
+    before = {name: given[name][0].clone() for name in ("params", "exp_avgs", "exp_avg_sqs")}
+    with pytest.raises(ArgumentError, match=f"adamw_step: {message}"):
+        adamw_step(**(given | changes))
+    assert all(torch.equal(given[name][0], value) for name, value in before.items())
