@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from . import adamw_triton, lazy_triton, native
-from .checks import fail, has_shape, is_float_tensor, is_number, is_whole, same_device, shape_of
+from .checks import (
+    FLOATS,
+    fail,
+    has_shape,
+    is_float_tensor,
+    is_number,
+    is_whole,
+    same_device,
+    shape_of,
+)
 from .errors import KernelUnavailable
 from .op import _forced, _library, accumulator, plain_eager
 
@@ -138,6 +147,17 @@ torch.library.register_fake("tilewise::adamw_step", lambda *args: None, lib=_lib
 # -- public function -----------------------------------------------------------------------------
 
 
+def _alike(place: Sequence[Tensor | None]) -> bool:
+    """Whether there is no master and the rest has one shape, dtype and device, as is usual."""
+    param, *others, master = place
+    if master is not None or not isinstance(param, Tensor):
+        return False
+    kind = (param.shape, param.dtype, param.device, torch.strided)
+    return param.dtype in FLOATS and all(
+        isinstance(t, Tensor) and (t.shape, t.dtype, t.device, t.layout) == kind for t in others
+    )
+
+
 def _check_place(i: int, names: Sequence[str], place: Sequence[Tensor | None]) -> None:
     """Raise unless the tensors at place i of the lists fit the first, which is the parameter."""
     param = place[0]
@@ -245,7 +265,8 @@ def adamw_step(
             takes = f"params holds {len(params)}"
             raise fail("adamw_step", name, f"a list of {len(tensors)}", takes)
     for i, place in enumerate(zip(*lists, strict=True)):
-        _check_place(i, names, place)
+        if not _alike(place):
+            _check_place(i, names, place)
         same_device("adamw_step", f"params[{i}]", params[i], "params[0]", params[0])
     _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, max_norm)
     if not params:
