@@ -60,18 +60,19 @@ Normaliser<A> normaliser(const T* x, int64_t columns, const Visit& visit) {
       result.top = highest = piece_top;
     }
     const Vec top(result.top);
-    Vec spreads(A(0));
+    Vec exps(A(0)), spreads(A(0));  // of this piece: one long sum would gather rounding errors
     int64_t j = begin;
     for (; j + lanes <= end; j += lanes) {
       const Vec below = read(x + j) - top;
       if (kSpread) spreads = spreads + below;
-      sums = sums + exp_nonpositive(below);
+      exps = exps + exp_nonpositive(below);
     }
     if (j < end) {
       const Vec below = read(x + j, end - j) - top;
       if (kSpread) spreads = spreads + Vec::set(Vec(A(0)), below, end - j);
-      sums = sums + exp_nonpositive(Vec::set(Vec(lowest), below, end - j));
+      exps = exps + exp_nonpositive(Vec::set(Vec(lowest), below, end - j));
     }
+    sums = sums + exps;
     if (kSpread) result.spread += sum_of(spreads);
     visit(begin / kPiece, piece_top);
   }

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <new>
+#include <tuple>
 #include <type_traits>
 
 #include "floats.h"
@@ -90,9 +91,7 @@ auto read(const T* from, int64_t count) {
   if constexpr (std::is_same_v<T, Accumulate<T>>) {
     return Vectorized<T>::loadu(from, count);
   } else {
-    T lanes[kLanes<float>] = {};
-    std::memcpy(lanes, from, count * sizeof(T));
-    return read(lanes);
+    return std::get<0>(at::vec::convert_to_float<T>(Vectorized<T>::loadu(from, count)));
   }
 }
 
