@@ -11,8 +11,8 @@ from .linear import PackedLinear, linear, pack_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .log_softmax import log_softmax, log_softmax_topk
 from .op import explain, force, record
-from .rotary import rotary
 from .rms_norm import rms_norm
+from .rotary import rotary
 from .softmax import softmax
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_act",
-    "pack_linear",
     "linear_cross_entropy",
     "log_softmax",
     "log_softmax_topk",
+    "pack_linear",
     "record",
-    "rotary",
     "rms_norm",
+    "rotary",
     "softmax",
 ]

@@ -22,9 +22,9 @@ from tilewise_kernels import (
     force,
     layer_norm,
     linear_act,
-    rotary,
     linear_cross_entropy,
     log_softmax,
+    rotary,
     softmax,
 )
 

@@ -26,11 +26,11 @@ from tilewise_kernels import (
     force,
     layer_norm,
     linear_act,
-    rotary,
-    rms_norm,
     linear_cross_entropy,
     log_softmax,
     log_softmax_topk,
+    rms_norm,
+    rotary,
     softmax,
 )
 
@@ -42,22 +42,16 @@ OPS = sorted(
     and not name.startswith("tilewise::adamw_step")  # changes its inputs: test_adamw.py
 )
 INFERENCE_ONLY = {"linear"}  # most of what follows asks for gradients: their own files test them
-FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm"}  # as the torch functions of the same name
-FLOAT32_UNDER_AUTOCAST = {"softmax", "layer_norm", "rms_norm"}  # as the torch functions of the same name
+# as the torch functions of the same name
 FLOAT32_UNDER_AUTOCAST = {
     "softmax",
     "layer_norm",
     "rms_norm",
-FLOAT32_UNDER_AUTOCAST = {
-    "softmax",
-    "layer_norm",
     "log_softmax",
     "log_softmax_topk",
     "cross_entropy",
 }
-FLOAT32_LOSS = {
-    "linear_cross_entropy"
-}  # whose products run in the dtype of autocast  # as the torch functions of the same name
+FLOAT32_LOSS = {"linear_cross_entropy"}  # whose products run in the dtype of autocast
 
 # ---- samples -----------------------------------------------------------------------------------
 
