@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .errors import TilewiseError
+    from .fusion import fuse
     from .generation import GenerationOutput
     from .models import build
     from .pretrained import Model, load
@@ -26,6 +27,7 @@ __all__ = [
     "TilewiseError",
     "__version__",
     "build",
+    "fuse",
     "load",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "ModelConfig": "config",
     "TilewiseError": "errors",
     "build": "models",
+    "fuse": "fusion",
     "load": "pretrained",
 }
 

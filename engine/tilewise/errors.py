@@ -6,6 +6,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointError",
     "ConfigError",
+    "FusionError",
     "GenerationError",
     "KernelUnavailable",
     "TilewiseError",
@@ -27,3 +28,7 @@ class TokenizerError(TilewiseError, ValueError):
 
 class GenerationError(TilewiseError, RuntimeError):
     """Generation met a state it cannot go on from, such as NaN scores."""
+
+
+class FusionError(TilewiseError, RuntimeError):
+    """A fused model whose outputs differ from what they were; it was put back."""

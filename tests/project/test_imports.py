@@ -16,6 +16,7 @@ RANK = {
     "text": 2,
     "data": 2,
     "layers": 3,
+    "fusion": 3,
     "models": 4,
     "families": 5,
     "generation": 6,
