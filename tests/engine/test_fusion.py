@@ -73,6 +73,9 @@ def gradients_agree(model: nn.Module, fused: nn.Module, *args: Any, **kwargs: An
         nn.LayerNorm(E),
         nn.LayerNorm(E, eps=0.1, bias=False),
         nn.LayerNorm(E, elementwise_affine=False),
+        nn.RMSNorm(E),
+        nn.RMSNorm(E, eps=0.1),
+        nn.RMSNorm(E, elementwise_affine=False),
     ],
     ids=str,
 )
@@ -81,7 +84,16 @@ def test_norms(norm: nn.Module) -> None:
     gradients_agree(model, fused, torch.randn(B, S, E))
     with record() as ops:
         fused(torch.randn(B, S, E))
-    assert [op.op for op in ops] == ["layer_norm"]
+    assert [op.op for op in ops] == ["rms_norm" if isinstance(norm, nn.RMSNorm) else "layer_norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rms_norm_without_eps_adds_what_torch_adds(dtype: torch.dtype) -> None:
+    """Rows so small that eps decides."""
+    model, fused = twins(nn.Sequential(nn.RMSNorm(E)).to(dtype))
+    small = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps ** 0.5
+    x = (torch.randn(5, E) * small).to(dtype)
+    agree(fused(x).float(), model(x).float(), atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +495,8 @@ def skipped_modules() -> dict[str, nn.Module]:
     odd.layers[0] = nn.Linear(E, E)
     return {
         "only LayerNorm itself": OwnNorm(E),
-        "normalises over 2 dims": nn.LayerNorm((S, E)),
+        "normalises over 2 dims, layer_norm": nn.LayerNorm((S, E)),
+        "normalises over 2 dims, rms_norm": nn.RMSNorm((S, E)),
         "add_bias_kv": nn.MultiheadAttention(E, H, add_bias_kv=True),
         "add_zero_attn": nn.MultiheadAttention(E, H, add_zero_attn=True),
         "parametrized": parametrizations.weight_norm(nn.LayerNorm((E,)), dim=0),

@@ -16,6 +16,7 @@ from .swapping import Fused, fused_class, obstacle
 
 TORCH: dict[type[nn.Module], type[Fused]] = {
     nn.LayerNorm: torch_modules.LayerNorm,
+    nn.RMSNorm: torch_modules.RMSNorm,
     nn.Sequential: torch_modules.Sequential,
     nn.MultiheadAttention: torch_modules.MultiheadAttention,
     nn.TransformerEncoderLayer: torch_modules.TransformerEncoderLayer,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise_kernels import attention, layer_norm, softmax
-from tilewise_kernels.op import autocast_dtype
+from tilewise_kernels import attention, layer_norm, rms_norm, softmax
+from tilewise_kernels.op import accumulator, autocast_dtype
 
 from .swapping import (
     Fused,
@@ -38,6 +38,21 @@ class LayerNorm(Fused):
         if not fits(input, self.weight):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(Fused):
+    """In front of nn.RMSNorm over one dim. Without an eps torch adds that of the dtype it sums in."""
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        dims = len(module.normalized_shape)
+        return None if dims == 1 else f"it normalises over {dims} dims, rms_norm over the last"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not fits(x, self.weight):
+            return super().forward(x)
+        eps = torch.finfo(accumulator(x.dtype)).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, eps=eps)
 
 
 class Sequential(Fused):
@@ -124,7 +139,7 @@ class MultiheadAttention(Fused):
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out = attend(q, k, v, mask, bias, causal, None, dropout_p)
+            out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
@@ -214,29 +229,6 @@ def attention_weights(
     scores = scores if bias is None else scores + bias
     weights = softmax(scores, mask=mask, causal=causal).to(q.dtype)
     return F.dropout(weights, dropout_p) if dropout_p else weights
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    if bias is None and not dropout_p:
-        return attention(q, k, v, mask=mask, causal=causal, scale=scale)
-    if bias is not None and not dropout_p and not bias.requires_grad:
-        if mask is not None and mask.dtype == torch.bool:
-            mask = bias.masked_fill(~mask, -torch.inf)
-        else:
-            mask = bias if mask is None else bias + mask
-        return attention(q, k, v, mask=mask, causal=causal, scale=scale)
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return attention_weights(q, k, mask, bias, causal, scale, dropout_p) @ v
 
 
 # -- encoder and decoder -------------------------------------------------------------------------
@@ -360,6 +352,7 @@ def _is_causal(mask: Tensor | None, length: int) -> bool:
 __all__ = [
     "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "Sequential",
     "TransformerDecoderLayer",
     "TransformerEncoder",

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tilewise_kernels import attention, rms_norm, rotary
+
 from .report import FusionReport, Replaced, Skipped
 from .swapping import (
     Fused,
+    fits,
     gated_layers,
     is_bare,
     norm_of_sum,
@@ -28,7 +31,7 @@ from .swapping import (
     own_class,
     two_layers,
 )
-from .torch_modules import attend, attention_weights
+from .torch_modules import attention_weights
 
 NAME = "tilewise"  # of our attention in transformers' two registries
 
@@ -64,7 +67,16 @@ def attention_forward(
         return _attention_with_weights(
             query, key, value, attention_mask, position_bias, causal, scaling, dropout
         )
-    out = attend(query, key, value, attention_mask, position_bias, causal, scaling, dropout)
+    out = attention(
+        query,
+        key,
+        value,
+        mask=attention_mask,
+        bias=position_bias,
+        causal=causal,
+        scale=scaling,
+        dropout_p=dropout,
+    )
     return out.transpose(1, 2), None
 
 
@@ -105,7 +117,91 @@ def _register_for(original: type[nn.Module]) -> None:
 on_rebuild.append(_register_for)
 
 
+class LlamaAttention(Fused):
+    """The three projections, rotary positions as one op, the cache, and our attention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.config._attn_implementation != NAME or position_embeddings is None:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(hidden_states).view(heads).transpose(1, 2) for layer in layers)
+        out, weights = _attend_turned(
+            self, q, k, v, position_embeddings, attention_mask, past_key_values, kwargs
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+
+class GPTNeoXAttention(Fused):
+    """As LlamaAttention, with one projection, and positions in a part of each head."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        layer_past: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.config._attn_implementation != NAME or position_embeddings is None:
+            return super().forward(
+                hidden_states, attention_mask, layer_past, position_embeddings, **kwargs
+            )
+        heads = (*hidden_states.shape[:-1], -1, 3 * self.head_size)
+        qkv = self.query_key_value(hidden_states).view(heads).transpose(1, 2)
+        out, weights = _attend_turned(
+            self,
+            *qkv.chunk(3, dim=-1),
+            position_embeddings,
+            attention_mask,
+            layer_past,
+            kwargs,
+        )
+        return self.dense(out.flatten(2)), weights
+
+
+def _attend_turned(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over q, k turned by their positions, behind what the cache holds.
+
+    position_embeddings: cosines and sines [B, S, R], which say the same in both halves of R.
+    """
+    half = position_embeddings[0].shape[-1] // 2
+    cos, sin = (table[..., :half] for table in position_embeddings)
+    q, k = rotary(q, k, cos, sin)
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
+    dropout = module.attention_dropout if module.training else 0.0
+    return attention_forward(module, q, k, v, mask, dropout, module.scaling, **kwargs)
+
+
 # -- norms and feed-forward ----------------------------------------------------------------------
+
+
+class RMSNorm(Fused):
+    """In front of the norms with a weight and a variance_epsilon."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype or not fits(hidden_states, self.weight):
+            return super().forward(hidden_states)  # the result's dtype follows other rules
+        return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
 
 
 class BertSelfOutput(Fused):
@@ -225,8 +321,12 @@ _KNOWN: dict[str, type[Fused]] = {
     "gpt2.modeling_gpt2.GPT2MLP": GPT2MLP,
     "bart.modeling_bart.BartEncoderLayer": BartEncoderLayer,
     "bart.modeling_bart.BartDecoderLayer": BartDecoderLayer,
+    "llama.modeling_llama.LlamaAttention": LlamaAttention,
     "llama.modeling_llama.LlamaMLP": LlamaMLP,
+    "llama.modeling_llama.LlamaRMSNorm": RMSNorm,
+    "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": GPTNeoXAttention,
     "gpt_neox.modeling_gpt_neox.GPTNeoXMLP": GPTNeoXMLP,
+    "t5.modeling_t5.T5LayerNorm": RMSNorm,
     "t5.modeling_t5.T5DenseActDense": T5DenseActDense,
     "t5.modeling_t5.T5DenseGatedActDense": T5DenseGatedActDense,
 }
