@@ -41,7 +41,7 @@ class LayerNorm(Fused):
 
 
 class RMSNorm(Fused):
-    """In front of nn.RMSNorm over one dim. Without an eps torch adds that of the dtype it sums in."""
+    """In front of nn.RMSNorm over one dim."""
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -51,7 +51,9 @@ class RMSNorm(Fused):
     def forward(self: Any, x: Tensor) -> Tensor:
         if not fits(x, self.weight):
             return super().forward(x)
-        eps = torch.finfo(accumulator(x.dtype)).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:  # torch takes that of the dtype it sums in
+            eps = torch.finfo(accumulator(x.dtype)).eps
         return rms_norm(x, self.weight, eps=eps)
 
 

@@ -158,13 +158,9 @@ class GPTNeoXAttention(Fused):
             )
         heads = (*hidden_states.shape[:-1], -1, 3 * self.head_size)
         qkv = self.query_key_value(hidden_states).view(heads).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=-1)
         out, weights = _attend_turned(
-            self,
-            *qkv.chunk(3, dim=-1),
-            position_embeddings,
-            attention_mask,
-            layer_past,
-            kwargs,
+            self, q, k, v, position_embeddings, attention_mask, layer_past, kwargs
         )
         return self.dense(out.flatten(2)), weights
 
