@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tilewise
+from tilewise_kernels import record
 
 transformers = pytest.importorskip("transformers")
 
@@ -200,6 +201,36 @@ def test_gradients_and_loss_stay(name: str) -> None:
             atol=float(1e-5 * largest),
             msg=lambda m, path=path: path + m,
         )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_loss_of_gradient_accumulation(name: str) -> None:
+    """num_items_in_batch, and labels that were shifted beforehand."""
+    model, inputs = make(name), batch(name, labels=True)
+    twin = copy.deepcopy(model)
+    report = tilewise.fuse(model)
+    assert any(entry.new.endswith("cross-entropy") for entry in report.replaced)
+    for items in (None, 11, torch.tensor(11)):
+        options = {} if items is None else dict(num_items_in_batch=items)
+        with record() as ops:
+            loss = model(**inputs, **options).loss
+        torch.testing.assert_close(loss, twin(**inputs, **options).loss)
+        assert [op.op for op in ops][-1] == "cross_entropy"
+    labels = inputs["labels"]
+    if name != "bert":
+        del inputs["labels"]
+        shifted = dict(logits=model(**inputs).logits, labels=None, vocab_size=VOCABULARY)
+        losses = [m.loss_function(**shifted, shift_labels=labels) for m in (model, twin)]
+        torch.testing.assert_close(*losses)
+
+
+def test_a_loss_of_the_users_own_stays() -> None:
+    model = make("llama")
+    model.loss_function = lambda logits, **_: logits.sum()
+    report = tilewise.fuse(model, example=batch("llama", labels=True))
+    assert "it has a loss_function of its own" in {skipped.reason for skipped in report.skipped}
+    report.revert()
+    assert "_loss_function" in model.__dict__
 
 
 @pytest.mark.parametrize("name", MODELS)

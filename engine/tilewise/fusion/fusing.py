@@ -66,6 +66,7 @@ def _replace(model: nn.Module, report: FusionReport) -> None:
         elif mixin is not None:
             report.replaced.append(_swap_class(path, module, mixin, report.undo))
     transformers_models.replace_attention(model, report)
+    transformers_models.replace_losses(model, report)
 
 
 def _plan(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
