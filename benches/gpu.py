@@ -30,6 +30,8 @@ ROOT = HERE.parent
 SHARES = {"environment": 20, "build": 80, "compile": 80, "tests": 150, "bench": 140, "sweep": 70}
 BUDGET = sum(SHARES.values())  # seconds
 
+COMPUTES = ("attention", "attention_varlen", "linear_act", "feed_forward", "linear_cross_entropy")
+
 Rows = list[dict[str, Any]]
 
 
@@ -143,7 +145,7 @@ def contenders(group: Rows) -> str:
     first = group[0]
     if "ms" not in first:
         return str(first.get("problem"))[:90]
-    computes = first["op"] in ("attention", "linear_act", "feed_forward")
+    computes = first["op"] in COMPUTES
     rate = f"{first['tflops']:.0f} TF/s" if computes else f"{first['gbps']:.0f} GB/s"
     mine = f"{first['ran']} {first['ms']:.3f} {rate} {100 * first['roof']:.0f}%"
     ran = {first["way"], first["ran"]}

@@ -217,6 +217,10 @@ class Race(NamedTuple):
     options: dict[str, Any]
 
 
+GATED = {"gated": True, "activation": "silu"}
+WINDOWED = {"causal": True, "window": 512}
+
+
 def plan() -> Iterator[Race]:
     """What is benched: attention at 16k tokens and width 2048, norms and softmax on 32K rows."""
     for s in (4096, 512, 16384, 1024, 8192, 2048):
@@ -226,14 +230,29 @@ def plan() -> Iterator[Race]:
                 yield Race("attention", shape, (1, 2, s, s, d), {"causal": causal})
         n = 2 * s
         yield Race("layer_norm", (32768, n), (300, n), {"residual": n == 4096})
+        yield Race("rms_norm", (32768, n), (300, n), {"residual": n == 4096})
         yield Race("softmax", (32768, n), (300, n), {})
     yield Race("softmax", (8, 12, 512, 512), (2, 12, 512, 512), {"mask": True})
     yield Race("softmax", (2048, 131072), (30, 131072), {})
     for k in (768, 1024, 4096):
         yield Race("linear_act", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
         yield Race("feed_forward", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
+    yield Race("feed_forward", (8192, 4096, 11008), (512, 4096, 11008), GATED)
     yield Race("decode_attention", (16, 32, 8192, 128), (4, 32, 8192, 128), {"heads_kv": 8})
-    yield Race("decode_attention", (64, 16, 1024, 64), (8, 16, 1024, 64), {})
+    yield Race("decode_attention", (64, 16, 1024, 64), (8, 16, 1024, 64), {"beams": True})
+    yield Race("attention", (4, 16, 4096, 4096, 128), (1, 2, 4096, 4096, 128), WINDOWED)
+    yield Race("attention", (4, 16, 4096, 4096, 64), (1, 2, 4096, 4096, 64), {"mask": True})
+    yield Race("attention", (4, 16, 4096, 4096, 64), (1, 2, 4096, 4096, 64), {"bias": True})
+    yield Race("attention_varlen", (16, 16, 2048, 128), (3, 2, 2048, 128), {"causal": True})
+    yield Race("rotary", (8, 32, 4096, 128), (1, 4, 4096, 128), {"heads_kv": 8})
+    yield Race("cross_entropy", (8192, 32000), (512, 32000), {})
+    yield Race("cross_entropy", (4096, 128256), (128, 128256), {})
+    yield Race("linear_cross_entropy", (8192, 4096, 32000), (256, 4096, 32000), {})
+    yield Race("linear_cross_entropy", (8192, 4096, 128256), (128, 4096, 128256), {})
+    yield Race("log_softmax", (2048, 50257), (64, 50257), {})
+    yield Race("log_softmax_topk", (256, 50257), (32, 50257), {"top": 8})
+    yield Race("linear", (32, 4096, 11008), (32, 4096, 11008), {})
+    yield Race("linear", (32, 4096, 11008), (32, 4096, 11008), {"int8": True})
 
 
 SMALL = (
@@ -311,12 +330,12 @@ def entrants(race: Race, dtype: Any, device: str) -> Any:
     def inputs(shape: tuple[int, ...]) -> Any:
         made = case.make(shape, options, device, dtype)
         with torch.no_grad():
-            y = case.ours(made, options)
-        return made, torch.randn_like(y) if case.trains else None
+            outputs = outputs_of(case.ours(made, options))
+        return made, [torch.randn_like(y) for y in outputs] if case.trains else None
 
-    small, small_grad = inputs(race.judged)
+    small, small_grads = inputs(race.judged)
     judges = [Judge(case, options, small, None)]
-    judges += [] if small_grad is None else [Judge(case, options, small, small_grad)]
+    judges += [] if small_grads is None else [Judge(case, options, small, small_grads)]
     rows = []
     for name, call in (ways | others).items():
         row = Row(name, name in ways, name, chosen=name == "tilewise")
@@ -327,14 +346,19 @@ def entrants(race: Race, dtype: Any, device: str) -> Any:
             row.problem = str(error).strip().splitlines()[0][:200]
         rows.append(row)
     judges.clear()
-    made, grad = inputs(race.shape)
+    made, grads = inputs(race.shape)
     with observed() as seen, torch.no_grad():
         ways["tilewise"](made)
     rows[0].ran = seen[0][0]
     agree(rows, ways | others, made)
-    directions = ("forward", "backward") if grad is not None else ("forward",)
-    shape = race.shape
-    return Contest(case, shape, options, device, dtype, directions, made, grad, ways | others, rows)
+    directions = ("forward", "backward") if grads is not None else ("forward",)
+    return Contest(
+        case, race.shape, options, device, dtype, directions, made, grads, ways | others, rows
+    )
+
+
+def outputs_of(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def agree(rows: Any, calls: Any, inputs: Any) -> None:
@@ -342,49 +366,23 @@ def agree(rows: Any, calls: Any, inputs: Any) -> None:
     import torch
 
     with torch.no_grad():
-        first = calls["tilewise"](inputs).float()
+        first = outputs_of(calls["tilewise"](inputs))[0].float()
         for row in rows[1:]:
             if row.problem is None:
-                error = (calls[row.name](inputs).float() - first).norm() / first.norm()
+                got = outputs_of(calls[row.name](inputs))[0].float()
+                error = (got - first).norm() / first.norm()
                 if not error <= 0.02:
                     row.problem = f"differs from tilewise by {error:.3g} at the full shape"
 
 
 def rivals(case: Any, options: Any, race: Race) -> dict[str, Any]:
-    """Eager, SDPA by backend, and the peers that this python has."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """Eager, torch's own kernels, and the peers that this python has."""
+    from peers import peers
 
-    found: dict[str, Any] = {}
-    if race.op != "attention" or race.shape[2] <= 4096:  # above, eager's scores fill the memory
-        found["eager"] = lambda t: case.eager(t, options)
-
-    def sdpa(backend: Any) -> Any:
-        def call(tensors: Any) -> Any:
-            with sdpa_kernel(backend):
-                return case.sdpa(tensors, options)
-
-        return call
-
-    if case.sdpa is not None:
-        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
-        found["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-    if race.op == "attention" and importlib.util.find_spec("flash_attn"):
-        flash = importlib.import_module("flash_attn").flash_attn_func
-        found["flash_attn"] = lambda t: flash(
-            *(t[name].transpose(1, 2) for name in "qkv"), causal=options.causal
-        ).transpose(1, 2)
-    if race.op == "attention" and importlib.util.find_spec("xformers"):
-        ops = importlib.import_module("xformers.ops")
-        mask = ops.LowerTriangularMask() if options.causal else None
-        found["xformers"] = lambda t: ops.memory_efficient_attention(
-            *(t[name].transpose(1, 2) for name in "qkv"), attn_bias=mask
-        ).transpose(1, 2)
-    if race.op == "layer_norm" and importlib.util.find_spec("liger_kernel"):
-        norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-        found["liger"] = lambda t: norm.apply(
-            t["x"] + t["residual"] if options.residual else t["x"], t["weight"], t["bias"], 1e-5
-        )
-    return found
+    found = {"eager": case.eager} | dict(case.rivals) | peers(race.op, options, "cuda")
+    if race.op == "attention" and race.shape[2] > 4096:  # these keep the scores: no memory for them
+        found = {name: way for name, way in found.items() if name not in ("eager", "sdpa math")}
+    return {name: lambda t, way=way: way(t, options) for name, way in found.items()}
 
 
 def time_eagerly(run: Run, race: Race, dtype: Any) -> None:
@@ -399,7 +397,7 @@ def time_eagerly(run: Run, race: Race, dtype: Any) -> None:
     right = {row.name: held.calls[row.name] for row in held.rows if row.problem is None}
     seconds = 0.01 if run.dry_run else 0.4
     samples: dict[str, list[Any]] = {name: [] for name in right}
-    for direction in ("forward", "both") if held.grad is not None else ("forward",):
+    for direction in ("forward", "both") if held.grads is not None else ("forward",):
         passes = {name: held.passes(direction)(call) for name, call in right.items()}
         for name, found in rounds(passes, seconds).items():
             samples[name] += found

@@ -1,6 +1,6 @@
 """Turn benchmark results into the tables of benches/README.md and a plot.
 
-    OMP_NUM_THREADS=2 pytest benches --benchmark-json=results.json
+    OMP_NUM_THREADS=2 pytest benches --dtype float32 --benchmark-json=results.json
     python benches/report.py results.json [more.json ...] [--aot FILE] [--readme FILE] [--plot FILE]
 
 The tables go between the lines `<!-- report:begin -->` and `<!-- report:end -->` of the README.
@@ -43,8 +43,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def conditions(document: dict[str, Any]) -> str:
     """One sentence: what the numbers were measured on."""
     of = document["machine_info"]["tilewise"]
+    peers = "".join(f", {name} {version}" for name, version in of["peers"].items())
     return (
-        f"{of['device']}, {of['threads']} threads, torch {of['torch']}, {of['dtype']}, "
+        f"{of['dtype']}: {of['device']}, {of['threads']} threads, torch {of['torch']}{peers}, "
         f"{document['datetime'][:10]}; this machine copies {of['bandwidth'] / 1e9:.1f} GB/s and "
         f"multiplies {of['rate'] / 1e9:.0f} GFLOP/s."
     )
@@ -55,20 +56,28 @@ def kernel_rows(benches: list[Bench]) -> Iterable[list[str]]:
     for (op, shape, direction), by in grouped(benches, "op", "shape", "direction").items():
         if not {"tilewise", "eager"} <= set(by):
             continue
-        ours, eager, sdpa = by["tilewise"], by["eager"], by.get("sdpa")
-        best = min(bench["ms"] for name, bench in by.items() if name != "tilewise")
+        ours, eager = by.pop("tilewise"), by["eager"]
+        others = sorted(by, key=lambda name: by[name]["ms"])
+        best = by[others[0]]
         yield [
             f"{op} {shape}",
             "forward+backward" if direction == "both" else direction,
             ours["ran"],
             f"{ours['ms']:.3g}",
-            f"{eager['ms']:.3g}",
-            f"{sdpa['ms']:.3g}" if sdpa else "",
-            f"{best / ours['ms']:.2f}x",
+            f"**{eager['ms'] / ours['ms']:.2f}x**",
+            f"{best['ms'] / ours['ms']:.2f}x {others[0]}",
+            ", ".join(f"{name} {by[name]['ms'] / ours['ms']:.2f}x" for name in others[1:]),
+            rate(ours),
             f"{100 * ours['roof_ms'] / ours['ms']:.0f}%",
             f"{ours['error']:.1e}",
             f"{ours['peak_bytes'] / 1e6:.1f} / {eager['peak_bytes'] / 1e6:.1f}",
         ]
+
+
+def rate(bench: Bench) -> str:
+    """FLOP/s of what computes, bytes/s of what only moves."""
+    flops, moved = (bench[name] / bench["ms"] / 1e6 for name in ("flops", "bytes"))
+    return f"{flops:.0f} GFLOP/s" if bench["flops"] > 16 * bench["bytes"] else f"{moved:.1f} GB/s"
 
 
 def decoding_rows(benches: list[Bench]) -> Iterable[list[str]]:
@@ -87,8 +96,9 @@ def section(document: dict[str, Any]) -> list[str]:
     lines = [conditions(document), ""]
     kernels, decoding = benches_of(document, "kernel"), benches_of(document, "decoding")
     if kernels:
-        heads = ["op and shape", "direction", "runs on", "tilewise ms", "eager ms", "sdpa ms",
-                 "against the best", "of the roof", "error", "peak MB, ours / eager"]  # fmt: skip
+        heads = ["op and shape", "direction", "runs on", "ms", "against eager", "the best rival",
+                 "the others", "achieved", "of the roof", "error",
+                 "peak MB, ours / eager"]  # fmt: skip
         lines += [*table(heads, kernel_rows(kernels)), ""]
     if decoding:
         heads = ["model", "search", "tilewise tokens/s", "without cache", "transformers", "ratio"]

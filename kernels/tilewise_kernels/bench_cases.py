@@ -1,33 +1,44 @@
-"""What is benchmarked: for each op its inputs, our call, the eager formula, and torch's own rivals.
+"""What is benchmarked: for each op its inputs, our call, and what to compare it with.
 
 Activations are drawn from N(0, 1) and weights from N(0, 1 / fan_in), as in a trained network: unit
 weights would drive softmax into denormals, and with them the timings.
 
-Shapes: softmax ...xN; attention q [B, H, Sq, D], k and v [B, Hkv, Sk, D]; decode_attention q
-[R, H, 1, D], caches [R, Hkv, T, D]; layer_norm ...xN; linear_act x [M, K], weight [N, K];
-feed_forward x [M, E], w1 [F, E], w2 [E, F].
+Shapes: softmax, log_softmax ...xN; log_softmax_topk x [M, V]; attention q [B, H, Sq, D], k and v
+[B, Hkv, Sk, D]; attention_varlen q, k, v [total, H, D] of B sequences of about S;
+decode_attention q [R, H, 1, D], caches [R, Hkv, T, D]; layer_norm, rms_norm ...xN; linear, linear_act x [M, K], weight
+[N, K]; feed_forward x [M, E], w1 [F, E], w2 [E, F]; rotary q [B, H, S, D]; cross_entropy logits
+[M, V]; linear_cross_entropy x [M, K], weight [V, K].
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import bench_formulas as eager
 from .attention import attention
+from .attention_varlen import attention_varlen
+from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .errors import ArgumentError
 from .feed_forward import feed_forward, linear_act
 from .layer_norm import layer_norm
+from .linear import linear, pack_linear
+from .linear_cross_entropy import linear_cross_entropy
+from .log_softmax import log_softmax, log_softmax_topk
+from .rms_norm import rms_norm
+from .rotary import rotary
 from .softmax import softmax
 
 Shape = tuple[int, ...]
-Tensors = dict[str, Tensor]  # float tensors differentiate, others are masks and lengths
+Tensors = dict[str, Any]  # float tensors differentiate; others are masks, lengths, packed weights
 SEED = 7
 MAX_ELEMENTS = 2**44  # or products of sizes: more than any memory holds
+BEAMS = 4  # rows of a beam search that share a sentence
 
 
 @dataclass(frozen=True)
@@ -36,20 +47,19 @@ class Options:
 
     causal: bool = False
     mask: bool = False  # a padding mask over the keys, bool
+    bias: bool = False  # added to the scores, with gradient, shared by the batch
+    window: int | None = None  # keys further away than this are not seen
+    beams: bool = False  # rows read their ancestors' caches
     residual: bool = False
     heads_kv: int | None = None  # key and value heads; None: as many as query heads
     activation: str = "gelu"
+    gated: bool = False
+    int8: bool = False
+    top: int = 8
 
 
-Function = Callable[[Tensors, Options], Tensor]
-NAMED = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
-    "identity": lambda h: h,
-}
+Outputs = Tensor | tuple[Tensor, ...]
+Function = Callable[[Tensors, Options], Outputs]
 
 
 # -- inputs --------------------------------------------------------------------------------------
@@ -76,6 +86,10 @@ class Draw:
         low, generator = longest // 2 + 1, self.generator
         return torch.randint(low, longest + 1, (rows,), generator=generator, device=self.device)
 
+    def ids(self, rows: int, vocabulary: int) -> Tensor:
+        """[rows] classes."""
+        return torch.randint(vocabulary, (rows,), generator=self.generator, device=self.device)
+
     def padding_mask(self, rows: int, longest: int) -> Tensor:
         """Bool [rows, longest], True at real positions."""
         positions = torch.arange(longest, device=self.device)
@@ -97,16 +111,33 @@ def _attention_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     hkv = o.heads_kv or h
     made = {"q": draw.normal(b, h, sq, d)}
     made |= {name: draw.normal(b, hkv, sk, d) for name in ("k", "v")}
+    if o.bias:
+        made["bias"] = draw.normal(1, h, sq, sk)
     if o.mask:
         made["mask"] = draw.padding_mask(b, sk)[:, None, None]
     return made
+
+
+def _varlen_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    b, h, s, d = shape
+    ends = draw.lengths(b, s).cumsum(0)
+    made = {name: draw.normal(int(ends[-1]), h, d) for name in ("q", "k", "v")}
+    return made | {"cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int()}
 
 
 def _decode_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     r, h, t, d = shape
     made = {"q": draw.normal(r, h, 1, d)}
     made |= {name: draw.normal(r, o.heads_kv or h, t, d) for name in ("k", "v")}
-    return made | {"lengths": draw.lengths(r, t)}
+    made |= {"lengths": draw.lengths(r, t)}
+    if o.beams:  # each row goes on from some row of its own sentence
+        ancestors = torch.arange(r, device=draw.device) // BEAMS * BEAMS
+        room = (r - ancestors).clamp(max=BEAMS)
+        ancestors += (
+            torch.randint(0, BEAMS, (r,), generator=draw.generator, device=draw.device) % room
+        )
+        made["beam_index"] = ancestors.int()[:, None].expand(r, t).contiguous()
+    return made
 
 
 def _norm_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
@@ -117,100 +148,82 @@ def _norm_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     return made | {"weight": draw.normal(n, std=0.1, mean=1.0), "bias": draw.normal(n, std=0.1)}
 
 
+def _rms_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    made = _norm_inputs(draw, shape, o)
+    del made["bias"]
+    return made
+
+
 def _linear_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     m, k, n = shape
     return {"x": draw.normal(m, k), "weight": draw.weight(n, k), "bias": draw.normal(n, std=0.1)}
 
 
+def _packed_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    made = _linear_inputs(draw, shape, o)
+    made["packed"] = pack_linear(made["weight"], made["bias"])
+    if o.int8:
+        made["packed int8"] = pack_linear(made["weight"], made["bias"], dtype=torch.int8)
+    return made
+
+
 def _feed_forward_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     m, e, f = shape
-    biases = {"b1": draw.normal(f, std=0.1), "b2": draw.normal(e, std=0.1)}
-    return {"x": draw.normal(m, e), "w1": draw.weight(f, e), "w2": draw.weight(e, f)} | biases
+    made = {"x": draw.normal(m, e), "w1": draw.weight(f, e), "w2": draw.weight(e, f)}
+    if o.gated:  # as LLaMA's: a gate and no biases
+        return made | {"gate": draw.weight(f, e)}
+    return made | {"b1": draw.normal(f, std=0.1), "b2": draw.normal(e, std=0.1)}
 
 
-# -- the eager formulas, as people write them -----------------------------------------------------
+def _rotary_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    b, h, s, d = shape
+    made = {"q": draw.normal(b, h, s, d), "k": draw.normal(b, o.heads_kv or h, s, d)}
+    rates = 10000.0 ** -(torch.arange(0, d, 2, device=draw.device) / d)
+    angles = torch.arange(s, device=draw.device)[:, None] * rates
+    return made | {"cos": angles.cos().to(draw.dtype), "sin": angles.sin().to(draw.dtype)}
 
 
-def _causal(sq: int, sk: int, device: torch.device) -> Tensor:
-    """Bool [sq, sk], bottom-right aligned."""
-    return torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq)
+def _cross_entropy_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    m, v = shape
+    return {"logits": draw.normal(m, v), "target": draw.ids(m, v)}
 
 
-def _masked_softmax(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if causal:
-        allowed = _causal(scores.shape[-2], scores.shape[-1], scores.device)
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    return torch.softmax(scores, -1)
-
-
-def _softmax_scale(t: Tensors, o: Options) -> float:
-    """A score's usual scale where there is a mask; a plain softmax has none."""
-    return 0.125 if o.mask or o.causal else 1.0
-
-
-def _softmax_eager(t: Tensors, o: Options) -> Tensor:
-    scale = _softmax_scale(t, o)
-    return _masked_softmax(t["x"] * scale if scale != 1.0 else t["x"], t.get("mask"), o.causal)
-
-
-def _attention_eager(t: Tensors, o: Options) -> Tensor:
-    q, k, v = t["q"], t["k"], t["v"]
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return _masked_softmax(scores, t.get("mask"), o.causal) @ v
-
-
-def _attention_sdpa(t: Tensors, o: Options) -> Tensor:
-    q, k, v, mask = t["q"], t["k"], t["v"], t.get("mask")
-    square = q.shape[2] == k.shape[2]  # torch's causal limit is top-left: equal only then
-    if o.causal and (mask is not None or not square):
-        allowed = _causal(q.shape[2], k.shape[2], q.device)
-        mask = allowed if mask is None else mask & allowed
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=o.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _decode_mask(t: Tensors) -> Tensors:
-    """The same inputs for attention: lengths as a mask over the cached positions."""
-    positions = torch.arange(t["k"].shape[2], device=t["k"].device)
-    return t | {"mask": (positions < t["lengths"][:, None])[:, None, None]}
-
-
-def _norm_eager(t: Tensors, o: Options) -> Tensor:
-    x = t["x"] + t["residual"] if o.residual else t["x"]
-    return F.layer_norm(x, x.shape[-1:], t["weight"], t["bias"])
-
-
-def _linear_eager(t: Tensors, o: Options) -> Tensor:
-    return NAMED[o.activation](F.linear(t["x"], t["weight"], t["bias"]))
-
-
-def _feed_forward_eager(t: Tensors, o: Options) -> Tensor:
-    return F.linear(NAMED[o.activation](F.linear(t["x"], t["w1"], t["b1"])), t["w2"], t["b2"])
+def _linear_cross_entropy_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    m, k, v = shape
+    return {"x": draw.normal(m, k), "weight": draw.weight(v, k), "target": draw.ids(m, v)}
 
 
 # -- our calls -----------------------------------------------------------------------------------
 
 
 def _softmax_ours(t: Tensors, o: Options) -> Tensor:
-    return softmax(t["x"], mask=t.get("mask"), scale=_softmax_scale(t, o), causal=o.causal)
+    return softmax(t["x"], mask=t.get("mask"), scale=eager.softmax_scale(o), causal=o.causal)
 
 
 def _attention_ours(t: Tensors, o: Options) -> Tensor:
-    out = attention(t["q"], t["k"], t["v"], mask=t.get("mask"), causal=o.causal)
-    assert isinstance(out, Tensor)  # no lse was asked for
-    return out
+    window = None if o.window is None else (o.window, o.window)
+    return attention(
+        t["q"], t["k"], t["v"], mask=t.get("mask"), bias=t.get("bias"), causal=o.causal,
+        window=window,
+    )  # fmt: skip
 
 
-def _norm_ours(t: Tensors, o: Options) -> Tensor:
-    out = layer_norm(t["x"], t["weight"], t["bias"], residual=t.get("residual"))
-    assert isinstance(out, Tensor)  # no sum was asked for
-    return out
+def _varlen_ours(t: Tensors, o: Options) -> Outputs:
+    ends = t["cu_seqlens"]
+    return attention_varlen(t["q"], t["k"], t["v"], ends, ends, causal=o.causal)
+
+
+def _decode_ours(t: Tensors, o: Options) -> Tensor:
+    return decode_attention(t["q"], t["k"], t["v"], t["lengths"], beam_index=t.get("beam_index"))
+
+
+def _norm_ours(t: Tensors, o: Options) -> Outputs:
+    return layer_norm(t["x"], t["weight"], t["bias"], residual=t.get("residual"))
+
+
+def _feed_forward_ours(t: Tensors, o: Options) -> Tensor:
+    biases = (t.get("b1"), t["w2"], t.get("b2"))
+    return feed_forward(t["x"], t["w1"], *biases, activation=o.activation, gate=t.get("gate"))
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -223,7 +236,8 @@ class Case:
     dims: the names of --shape's numbers; "..." in front takes any leading dims. shape, options:
     what runs when the user names none. takes: the Options that mean something here. by_item: batch
     items are independent and every input of two or more dims has them in dim 0, so that a
-    reference may go one by one.
+    reference may go one by one. rivals: torch's other ways. fixed: float inputs that take no
+    gradient. rounding: the error, as a share of the scale, that the op is allowed by design.
     """
 
     op: str
@@ -234,9 +248,11 @@ class Case:
     ours: Function
     eager: Function
     options: Options = Options()
-    sdpa: Function | None = None
+    rivals: Mapping[str, Function] = field(default_factory=dict)
     by_item: bool = False
     trains: bool = True
+    fixed: tuple[str, ...] = ()
+    rounding: Callable[[Options], float] = lambda o: 0.0
 
     def parse(self, text: str) -> Shape:
         """The shape written as 8x12x512x512; raises ArgumentError naming the syntax."""
@@ -257,21 +273,29 @@ class Case:
 
     def check(self, shape: Shape, o: Options) -> None:
         """Raise ArgumentError for options that the op does not take or that do not fit."""
-        for field in fields(Options):
-            given = getattr(o, field.name) != field.default
-            if given and field.name not in self.takes:
+        for option in fields(Options):
+            given = getattr(o, option.name) != option.default
+            if given and option.name not in self.takes:
                 takes = ", ".join(self.takes) or "none"
-                raise ArgumentError(f"{self.op} has no option {field.name}; it takes {takes}")
-        if o.activation not in NAMED:
-            raise ArgumentError(f"activation is {o.activation!r}; pass one of {', '.join(NAMED)}")
+                raise ArgumentError(f"{self.op} has no option {option.name}; it takes {takes}")
+        if o.activation not in eager.NAMED:
+            known = ", ".join(eager.NAMED)
+            raise ArgumentError(f"activation is {o.activation!r}; pass one of {known}")
+        if o.window is not None and o.window < 0:
+            raise ArgumentError(f"window is {o.window}; pass 0 or more")
+        if "top" in self.takes and not 1 <= o.top <= shape[-1]:
+            raise ArgumentError(f"top is {o.top}; pass 1 to {shape[-1]}, the vocabulary")
+        if self.op == "rotary" and shape[-1] % 2:
+            raise ArgumentError(f"rotary turns pairs; {shape[-1]} is odd")
         if self.op == "softmax" and o.causal and len(shape) < 2:
             raise ArgumentError("a causal softmax needs a shape of two or more numbers")
         if o.heads_kv is not None and (o.heads_kv < 1 or shape[1] % o.heads_kv):
             raise ArgumentError(f"heads_kv is {o.heads_kv}; it must divide the {shape[1]} heads")
-        if self.op == "attention" and o.causal and shape[2] > shape[3]:
+        limited = o.causal or o.window is not None
+        if self.op == "attention" and limited and shape[2] > shape[3]:
             raise ArgumentError(
-                f"causal with {shape[2]} queries and {shape[3]} keys leaves queries without keys, "
-                "for which the eager formula has no answer; pass Sq <= Sk"
+                f"{shape[2]} queries and {shape[3]} keys under a causal limit or a window leave "
+                "queries without keys, for which the eager formula has no answer; pass Sq <= Sk"
             )
 
     def make(self, shape: Shape, o: Options, device: str, dtype: torch.dtype) -> Tensors:
@@ -283,22 +307,43 @@ CASES: Mapping[str, Case] = {
     case.op: case
     for case in (
         Case("softmax", "...xN", (8, 12, 512, 512), ("causal", "mask"), _softmax_inputs,
-             _softmax_ours, _softmax_eager, Options(mask=True), by_item=True),
-        Case("attention", "BxHxSqxSkxD", (2, 8, 512, 512, 64), ("causal", "mask", "heads_kv"),
-             _attention_inputs, _attention_ours, _attention_eager, Options(causal=True),
-             sdpa=_attention_sdpa, by_item=True),
-        Case("decode_attention", "RxHxTxD", (16, 8, 1024, 64), ("heads_kv",), _decode_inputs,
-             lambda t, o: decode_attention(t["q"], t["k"], t["v"], t["lengths"]),
-             lambda t, o: _attention_eager(_decode_mask(t), o),
-             sdpa=lambda t, o: _attention_sdpa(_decode_mask(t), o), by_item=True, trains=False),
+             _softmax_ours, eager.softmax, Options(mask=True), by_item=True),
+        Case("attention", "BxHxSqxSkxD", (2, 8, 512, 512, 64),
+             ("causal", "mask", "bias", "window", "heads_kv"), _attention_inputs, _attention_ours,
+             eager.attention, Options(causal=True), rivals=eager.SDPA),
+        Case("attention_varlen", "BxHxSxD", (8, 8, 256, 64), ("causal",), _varlen_inputs,
+             _varlen_ours, eager.attention_varlen, Options(causal=True),
+             rivals={"sdpa": eager.sdpa_varlen}),
+        Case("decode_attention", "RxHxTxD", (32, 12, 512, 64), ("heads_kv", "beams"),
+             _decode_inputs, _decode_ours, eager.decode_attention, Options(beams=True),
+             rivals={"sdpa": eager.decode_sdpa}, trains=False),
         Case("layer_norm", "...xN", (4096, 768), ("residual",), _norm_inputs,
-             _norm_ours, _norm_eager, Options(residual=True)),
+             _norm_ours, eager.layer_norm, Options(residual=True)),
+        Case("rms_norm", "...xN", (4096, 768), ("residual",), _rms_inputs,
+             lambda t, o: rms_norm(t["x"], t["weight"], residual=t.get("residual")),
+             eager.rms_norm, Options(residual=True), rivals={"F.rms_norm": eager.torch_rms_norm}),
         Case("linear_act", "MxKxN", (1024, 768, 3072), ("activation",), _linear_inputs,
              lambda t, o: linear_act(t["x"], t["weight"], t["bias"], activation=o.activation),
-             _linear_eager),
-        Case("feed_forward", "MxExF", (512, 768, 3072), ("activation",), _feed_forward_inputs,
-             lambda t, o: feed_forward(
-                 t["x"], t["w1"], t["b1"], t["w2"], t["b2"], activation=o.activation),
-             _feed_forward_eager),
+             eager.linear_act),
+        Case("feed_forward", "MxExF", (512, 768, 3072), ("activation", "gated"),
+             _feed_forward_inputs, _feed_forward_ours, eager.feed_forward),
+        Case("linear", "MxKxN", (32, 768, 3072), ("int8",), _packed_inputs,
+             lambda t, o: linear(t["x"], t["packed int8" if o.int8 else "packed"]),
+             eager.linear, rivals={}, trains=False,
+             rounding=lambda o: 0.02 if o.int8 else 0.0),
+        Case("rotary", "BxHxSxD", (4, 12, 512, 64), ("heads_kv",), _rotary_inputs,
+             lambda t, o: rotary(t["q"], t["k"], t["cos"], t["sin"]),
+             eager.rotary, fixed=("cos", "sin")),
+        Case("log_softmax", "...xN", (256, 50257), (), _softmax_inputs,
+             lambda t, o: log_softmax(t["x"]), eager.log_softmax),
+        Case("log_softmax_topk", "MxV", (32, 50257), ("top",), _softmax_inputs,
+             lambda t, o: log_softmax_topk(t["x"], o.top)[0], eager.log_softmax_topk,
+             trains=False),
+        Case("cross_entropy", "MxV", (1024, 32000), (), _cross_entropy_inputs,
+             lambda t, o: cross_entropy(t["logits"], t["target"]), eager.cross_entropy),
+        Case("linear_cross_entropy", "MxKxV", (1024, 512, 32000), (),
+             _linear_cross_entropy_inputs,
+             lambda t, o: linear_cross_entropy(t["x"], t["weight"], t["target"]),
+             eager.linear_cross_entropy),
     )
 }  # fmt: skip

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .bench_cases import Case, Options, Shape, Tensors
+from .bench_cases import Case, Function, Options, Outputs, Shape, Tensors
 from .errors import ArgumentError, KernelUnavailable
 from .measure import Roof, Timing, machine, peak_bytes, roof, rounds, summary, timed
 from .op import Cost, Op, _observing, _ops, force
@@ -33,7 +33,8 @@ from .op import Cost, Op, _observing, _ops, force
 DIRECTIONS = ("forward", "backward", "both")
 MARGIN = 0.05  # differences below this are called none
 
-Call = Callable[[Tensors], Tensor]
+Call = Callable[[Tensors], Outputs]
+Grads = list[Tensor]  # what comes from above, one per output
 
 
 @dataclass
@@ -69,44 +70,60 @@ class Result:
 # -- right? --------------------------------------------------------------------------------------
 
 
-def outcome(call: Call, inputs: Tensors, grad: Tensor | None, by_item: bool) -> Tensors:
-    """The output "y" of call(inputs) and, with `grad` for it, a gradient "d..." per float input."""
+def outcome(
+    call: Call,
+    inputs: Tensors,
+    grads: Grads | None,
+    by_item: bool = False,
+    fixed: Sequence[str] = (),
+) -> Tensors:
+    """The outputs "y", "y1", ... of call(inputs) and, with `grads` for them, a gradient "d..." per
+    float input but the fixed ones."""
     if by_item:
         items = [
-            outcome(call, {n: t[i : i + 1] for n, t in inputs.items()}, g, False)
-            for i, g in enumerate(grad.split(1) if grad is not None else [None] * _rows(inputs))
+            outcome(
+                call,
+                {n: t[i : i + 1] for n, t in inputs.items()},
+                None if grads is None else [g[i : i + 1] for g in grads],
+                fixed=fixed,
+            )
+            for i in range(next(iter(inputs.values())).shape[0])
         ]
         return {name: torch.cat([item[name] for item in items]) for name in items[0]}
-    if grad is None:
+    if grads is None:
         with torch.no_grad():
-            return {"y": call(inputs)}
-    leaves = _leaves(inputs)
-    y = call(leaves)
-    return {"y": y.detach()} | _gradients(y, leaves, grad)
+            return _named(call(inputs))
+    leaves = _leaves(inputs, fixed)
+    outputs = call(leaves)
+    detached = {name: y.detach() for name, y in _named(outputs).items()}
+    return detached | _gradients(outputs, leaves, grads)
 
 
-def _rows(inputs: Tensors) -> int:
-    return next(iter(inputs.values())).shape[0]
+def _named(outputs: Outputs) -> Tensors:
+    every = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {f"y{i or ''}": y for i, y in enumerate(every)}
 
 
-def _leaves(inputs: Tensors) -> Tensors:
+def _leaves(inputs: Tensors, fixed: Sequence[str] = ()) -> Tensors:
     """The same data, float tensors asking for gradients."""
-    return {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in inputs.items()}
+    return {
+        n: t.detach().requires_grad_() if _is_float(t) and n not in fixed else t
+        for n, t in inputs.items()
+    }
 
 
-def _gradients(y: Tensor, leaves: Tensors, grad: Tensor) -> Tensors:
-    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-    return dict(
-        zip(
-            (f"d{name}" for name in names),
-            torch.autograd.grad(y, [leaves[name] for name in names], grad),
-            strict=True,
-        )
-    )
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _gradients(outputs: Outputs, leaves: Tensors, grads: Grads) -> Tensors:
+    wanted = {f"d{n}": t for n, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
+    found = torch.autograd.grad(list(_named(outputs).values()), list(wanted.values()), grads)
+    return dict(zip(wanted, found, strict=True))
 
 
 def _doubles(inputs: Tensors) -> Tensors:
-    return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    return {n: t.double() if _is_float(t) else t for n, t in inputs.items()}
 
 
 def largest_errors(got: Tensors, exact: Tensors) -> dict[str, float]:
@@ -115,15 +132,19 @@ def largest_errors(got: Tensors, exact: Tensors) -> dict[str, float]:
 
 
 def wrong(
-    errors: Mapping[str, float], eager: Mapping[str, float], scales: Mapping[str, float]
+    errors: Mapping[str, float],
+    eager: Mapping[str, float],
+    scales: Mapping[str, float],
+    rounding: float = 0.0,
 ) -> str | None:
-    """Why errors break the accuracy rule, or None. All three by tensor; y is the output.
+    """Why errors break the accuracy rule, or None. All three by tensor; y, y1 are the outputs.
 
     scales: the largest exact magnitude. Gradients may cancel to nothing, so theirs is at least y's.
+    rounding: the share of the scale that is allowed besides.
     """
     for name, error in errors.items():
-        factor = 2 if name == "y" else 3
-        limit = factor * eager[name] + 1e-5 * max(scales[name], scales["y"])
+        factor = 2 if name.startswith("y") else 3
+        limit = factor * eager[name] + (1e-5 + rounding) * max(scales[name], scales["y"])
         if not error <= limit:  # NaN is not
             return f"wrong here: {name} is off by {error:.3g}, allowed are {limit:.3g}"
     return None
@@ -132,28 +153,32 @@ def wrong(
 class Judge:
     """Holds the float64 results of one case and the errors of eager, and judges contenders."""
 
-    def __init__(self, case: Case, options: Options, inputs: Tensors, grad: Tensor | None) -> None:
-        def eager(tensors: Tensors) -> Tensor:
+    def __init__(self, case: Case, options: Options, inputs: Tensors, grads: Grads | None) -> None:
+        def eager(tensors: Tensors) -> Outputs:
             return case.eager(tensors, options)
 
-        self.inputs, self.grad = inputs, grad
+        self.inputs, self.grads, self.fixed = inputs, grads, case.fixed
+        self.rounding = case.rounding(options)
         items = case.by_item and next(iter(inputs.values())).dim() > 1
-        wide = None if grad is None else grad.double()
-        self.exact = outcome(eager, _doubles(inputs), wide, items)
-        self.eager_errors = largest_errors(outcome(eager, inputs, grad, items), self.exact)
+        wide = None if grads is None else [grad.double() for grad in grads]
+        self.exact = outcome(eager, _doubles(inputs), wide, items, case.fixed)
+        theirs = outcome(eager, inputs, grads, items, case.fixed)
+        self.eager_errors = largest_errors(theirs, self.exact)
         self.scales = {n: t.abs().max().item() for n, t in self.exact.items()}
 
     def judge(self, call: Call, row: Row) -> None:
         """Fill in the row's errors, and its problem when the accuracy rule is broken."""
-        errors = largest_errors(outcome(call, self.inputs, self.grad, False), self.exact)
-        row.problem = row.problem or wrong(errors, self.eager_errors, self.scales)
+        found = outcome(call, self.inputs, self.grads, fixed=self.fixed)
+        errors = largest_errors(found, self.exact)
+        row.problem = row.problem or wrong(errors, self.eager_errors, self.scales, self.rounding)
         if row.problem is not None:
             row.forward_error = row.gradient_error = None
             return
         relative = {n: e / (self.scales[n] or 1.0) for n, e in errors.items()}
-        row.forward_error = max(relative.pop("y"), row.forward_error or 0.0)
-        if relative:
-            row.gradient_error = max(relative.values())
+        outputs = [error for name, error in relative.items() if name.startswith("y")]
+        row.forward_error = max([*outputs, row.forward_error or 0.0])
+        gradients = [error for name, error in relative.items() if name.startswith("d")]
+        row.gradient_error = max(gradients, default=row.gradient_error)
 
 
 # -- who competes --------------------------------------------------------------------------------
@@ -181,7 +206,7 @@ def _ran(call: Call, inputs: Tensors) -> list[tuple[str, Cost]]:
 
 
 def _forced(case: Case, options: Options, name: str) -> Call:
-    def call(inputs: Tensors) -> Tensor:
+    def call(inputs: Tensors) -> Outputs:
         with force(name, case.op):
             return case.ours(inputs, options)
 
@@ -198,15 +223,18 @@ def _our_ways(case: Case, options: Options, inputs: Tensors, every_way: bool) ->
     return calls
 
 
-def _rivals(case: Case, options: Options, compiled: bool) -> dict[str, Call]:
-    """torch's own ways to do the same."""
-    rivals: dict[str, Call] = {"eager": lambda t: case.eager(t, options)}
-    if case.sdpa is not None:
-        sdpa = case.sdpa
-        rivals["sdpa"] = lambda t: sdpa(t, options)
+def _rivals(
+    case: Case, options: Options, peers: Mapping[str, Function], compiled: bool
+) -> dict[str, Call]:
+    """torch's own ways to do the same, and those of other libraries that were given."""
+
+    def bound(function: Function) -> Call:
+        return lambda t: function(t, options)
+
+    rivals = {name: bound(f) for name, f in ({"eager": case.eager} | dict(case.rivals)).items()}
     if compiled:
         rivals["compile"] = _compiled(rivals["eager"])
-    return rivals
+    return rivals | {name: bound(function) for name, function in peers.items()}
 
 
 def _compiled(eager: Call) -> Call:
@@ -216,7 +244,7 @@ def _compiled(eager: Call) -> Call:
     torch.compiler.reset()  # earlier graphs count against the limit of recompilations
     compiled = torch.compile(eager, dynamic=False)
 
-    def call(inputs: Tensors) -> Tensor:
+    def call(inputs: Tensors) -> Outputs:
         try:
             return compiled(inputs)
         except TorchDynamoException as error:
@@ -274,15 +302,15 @@ def _inference(device: str, inputs: Tensors) -> Callable[[Call], Callable[[], di
 
 
 def _training(
-    device: str, inputs: Tensors, grad: Tensor
+    device: str, inputs: Tensors, grads: Grads, fixed: Sequence[str]
 ) -> Callable[[Call], Callable[[], dict[str, float]]]:
-    leaves = _leaves(inputs)
+    leaves = _leaves(inputs, fixed)
 
     def prepare(call: Call) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            y: list[Tensor] = []
+            y: list[Outputs] = []
             forward, backward = timed(
-                device, lambda: y.append(call(leaves)), lambda: _gradients(y[0], leaves, grad)
+                device, lambda: y.append(call(leaves)), lambda: _gradients(y[0], leaves, grads)
             )
             return {"backward": backward, "both": forward + backward}
 
@@ -351,7 +379,7 @@ class Contest:
     dtype: torch.dtype
     directions: Sequence[str]
     inputs: Tensors
-    grad: Tensor | None  # what comes from above, when a backward is wanted
+    grads: Grads | None  # what comes from above, when a backward is wanted
     calls: dict[str, Call]
     rows: list[Row]
 
@@ -363,9 +391,9 @@ class Contest:
         """Of a call, a function that runs it once in this direction and gives the times."""
         if direction == "forward":
             return _inference(self.device, self.inputs)
-        if self.grad is None:
+        if self.grads is None:
             raise ArgumentError(f"{self.case.op}: no {direction} was asked for")
-        return _training(self.device, self.inputs, self.grad)
+        return _training(self.device, self.inputs, self.grads, self.case.fixed)
 
     def least_ms(self) -> dict[str, float]:
         """The roof's time per direction, for the work that the op itself counts."""
@@ -374,9 +402,9 @@ class Contest:
         if "forward" in self.directions:
             cost = _ran(call, self.inputs)[0][1]
             found["forward"] = measured.ms(cost.flops, cost.bytes)
-        if self.grad is not None:
+        if self.grads is not None:
             with observed() as seen:
-                call(_leaves(self.inputs))
+                call(_leaves(self.inputs, self.case.fixed))
             cost = seen[0][1]
             found["backward"] = measured.ms(cost.backward_flops, cost.backward_bytes)
             found["both"] = measured.ms(cost.flops, cost.bytes) + found["backward"]
@@ -393,20 +421,22 @@ def contest(
     directions: Sequence[str] = DIRECTIONS,
     every_way: bool = True,
     compiled: bool = False,
+    peers: Mapping[str, Function] | None = None,
 ) -> Contest:
-    """Make inputs and judge every contender; arguments as in benchmark."""
+    """Make inputs and judge every contender; arguments as in benchmark. peers: other libraries'
+    ways to do the same, by name."""
     case.check(shape, options)
-    inputs, grad = _prepare(case, shape, options, device, dtype, directions)
+    inputs, grads = _prepare(case, shape, options, device, dtype, directions)
     judges = [Judge(case, options, inputs, None)] if "forward" in directions else []
-    judges += [] if grad is None else [Judge(case, options, inputs, grad)]
+    judges += [] if grads is None else [Judge(case, options, inputs, grads)]
     ours = _our_ways(case, options, inputs, every_way)
-    rivals = _rivals(case, options, compiled)
+    rivals = _rivals(case, options, peers or {}, compiled)
     rows = [Row(name, True, name, chosen=i == 0) for i, name in enumerate(ours)]
     rows += [Row(name, False, name) for name in rivals]
     for row in rows:
         _admit((ours | rivals)[row.name], row, judges)
     return Contest(
-        case, shape, options, device, dtype, directions, inputs, grad, ours | rivals, rows
+        case, shape, options, device, dtype, directions, inputs, grads, ours | rivals, rows
     )
 
 
@@ -457,8 +487,8 @@ def _prepare(
     device: str,
     dtype: torch.dtype,
     directions: Sequence[str],
-) -> tuple[Tensors, Tensor | None]:
-    """Inputs and, when a backward is wanted, the gradient that comes from above."""
+) -> tuple[Tensors, Grads | None]:
+    """Inputs and, when a backward is wanted, the gradients that come from above."""
     trains = any(direction != "forward" for direction in directions)
     if trains and not case.trains:
         raise ArgumentError(f"{case.op} is used without gradients; pass direction forward alone")
@@ -466,6 +496,8 @@ def _prepare(
     if not trains:
         return inputs, None
     with torch.no_grad():
-        y = case.ours(inputs, options)
+        outputs = _named(case.ours(inputs, options)).values()
     generator = torch.Generator(device).manual_seed(1)
-    return inputs, torch.randn(y.shape, device=device, generator=generator).to(dtype)
+    return inputs, [
+        torch.randn(y.shape, device=device, generator=generator).to(y.dtype) for y in outputs
+    ]

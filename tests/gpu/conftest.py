@@ -78,12 +78,12 @@ def accurate(normal: Callable[..., Tensor]) -> Callable[[Call, Call, Tensors], N
     def check(ours: Call, eager: Call, inputs: Tensors) -> None:
         with torch.no_grad():
             y = ours(inputs)
-        grad = normal(*y.shape, dtype=y.dtype)
+        grads = [normal(*y.shape, dtype=y.dtype)]
         doubles = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-        exact = outcome(eager, doubles, grad.double(), False)
-        plain = largest_errors(outcome(eager, inputs, grad, False), exact)
+        exact = outcome(eager, doubles, [grads[0].double()])
+        plain = largest_errors(outcome(eager, inputs, grads), exact)
         scales = {name: true.abs().max().item() for name, true in exact.items()}
-        problem = wrong(largest_errors(outcome(ours, inputs, grad, False), exact), plain, scales)
+        problem = wrong(largest_errors(outcome(ours, inputs, grads), exact), plain, scales)
         assert problem is None, problem
 
     return check

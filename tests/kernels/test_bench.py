@@ -20,10 +20,18 @@ from tilewise_kernels.op import _ops
 SMALL = {
     "softmax": ((2, 3, 5, 16), Options(mask=True, causal=True)),
     "attention": ((2, 4, 6, 8, 16), Options(mask=True, causal=True, heads_kv=2)),
-    "decode_attention": ((3, 4, 9, 16), Options(heads_kv=2)),
+    "decode_attention": ((8, 4, 9, 16), Options(heads_kv=2, beams=True)),
     "layer_norm": ((6, 32), Options(residual=True)),
+    "attention_varlen": ((3, 2, 9, 16), Options(causal=True)),
+    "rms_norm": ((6, 32), Options(residual=True)),
     "linear_act": ((6, 8, 12), Options(activation="silu")),
-    "feed_forward": ((6, 8, 12), Options(activation="gelu_tanh")),
+    "feed_forward": ((6, 8, 12), Options(activation="gelu_tanh", gated=True)),
+    "linear": ((6, 8, 12), Options()),
+    "rotary": ((2, 4, 5, 8), Options(heads_kv=2)),
+    "log_softmax": ((3, 5, 16), Options()),
+    "log_softmax_topk": ((6, 50), Options(top=3)),
+    "cross_entropy": ((6, 50), Options()),
+    "linear_cross_entropy": ((6, 8, 50), Options()),
 }
 
 
@@ -295,7 +303,7 @@ def report_module():
 def kernel_bench(contender: str, seconds: float) -> dict:
     told = {"kind": "kernel", "op": "softmax", "shape": "4x4", "direction": "both",
             "contender": contender, "ran": "native", "roof_ms": 0.5, "error": 1e-7,
-            "peak_bytes": 2_000_000}  # fmt: skip
+            "flops": 3_000_000, "bytes": 2_000_000, "peak_bytes": 2_000_000}  # fmt: skip
     return {"extra_info": told, "stats": {"median": seconds}}
 
 
@@ -304,7 +312,8 @@ def test_report_replaces_what_is_between_its_markers(tmp_path: Path) -> None:
     document = {
         "datetime": "2026-01-02T03:04:05",
         "machine_info": {"tilewise": {"device": "a CPU", "threads": 2, "torch": "2", "rate": 5e9,
-                                      "dtype": "float32", "bandwidth": 1e9}},
+                                      "dtype": "float32", "bandwidth": 1e9,
+                                      "peers": {"liger_kernel": "1.2"}}},
         "benchmarks": [kernel_bench("tilewise", 0.001), kernel_bench("eager", 0.003),
                        kernel_bench("sdpa", 0.002)],
     }  # fmt: skip
@@ -313,8 +322,11 @@ def test_report_replaces_what_is_between_its_markers(tmp_path: Path) -> None:
         module.write_between_markers(readme, module.section(document))
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert text.count("a CPU, 2 threads") == 1
-        row = "| softmax 4x4 | forward+backward | native | 1 | 3 | 2 | 2.00x | 50% | 1.0e-07 |"
+        assert text.count("a CPU, 2 threads, torch 2, liger_kernel 1.2,") == 1
+        row = (
+            "| softmax 4x4 | forward+backward | native | 1 | **3.00x** | 2.00x sdpa | eager 3.00x "
+            "| 2.0 GB/s | 50% | 1.0e-07 |"
+        )
         assert row in text
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):

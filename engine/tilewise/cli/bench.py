@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from tilewise_kernels.bench_cases import Case, Options
     from tilewise_kernels.benchmark import Result, Row
 
-OPS = ["softmax", "attention", "decode_attention", "layer_norm", "linear_act", "feed_forward"]
+OPS = [
+    "softmax", "attention", "attention_varlen", "decode_attention", "layer_norm", "rms_norm",
+    "linear_act", "feed_forward", "linear", "rotary", "log_softmax", "log_softmax_topk",
+    "cross_entropy", "linear_cross_entropy",
+]  # fmt: skip
 DIRECTIONS = ["forward", "backward", "both"]
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 20.0, 15.0
 
@@ -27,9 +31,17 @@ SECONDS_FOR_ONE, SECONDS_FOR_ALL = 20.0, 15.0
 @click.option("--device", metavar="cpu|cuda|cuda:N", help="The GPU when there is one.")
 @click.option("--causal", is_flag=True, help="softmax, attention: no key after its query.")
 @click.option("--mask", is_flag=True, help="softmax, attention: padded keys.")
-@click.option("--residual", is_flag=True, help="layer_norm: with the residual add.")
-@click.option("--heads-kv", type=click.IntRange(1), help="attention: key and value heads.")
+@click.option("--bias", is_flag=True, help="attention: a bias with gradient on the scores.")
+@click.option("--window", type=click.IntRange(0), help="attention: no key further than this.")
+@click.option("--beams", is_flag=True, help="decode_attention: rows read their ancestors' cache.")
+@click.option("--residual", is_flag=True, help="layer_norm, rms_norm: with the residual add.")
+@click.option("--heads-kv", type=click.IntRange(1), help="attention, rotary: key and value heads.")
 @click.option("--activation", default="gelu", show_default=True, help="linear_act, feed_forward.")
+@click.option("--gated", is_flag=True, help="feed_forward: gated, without biases.")
+@click.option("--int8", is_flag=True, help="linear: int8 weights and activations.")
+@click.option(
+    "--top", type=click.IntRange(1), default=8, show_default=True, help="log_softmax_topk."
+)
 @click.option(
     "--compile/--no-compile",
     "compiled",
@@ -65,12 +77,17 @@ def bench(
     """Measure OP, or every op in short, against eager PyTorch.
 
     \b
-    Shapes: softmax          ...xN, such as 8x12x512x512
-            attention        BxHxSqxSkxD
-            decode_attention RxHxTxD
-            layer_norm       ...xN
-            linear_act       MxKxN
-            feed_forward     MxExF
+    Shapes: softmax, log_softmax   ...xN, such as 8x12x512x512
+            attention              BxHxSqxSkxD
+            attention_varlen       BxHxSxD, about S tokens a sequence
+            decode_attention       RxHxTxD
+            layer_norm, rms_norm   ...xN
+            linear, linear_act     MxKxN
+            feed_forward           MxExF
+            rotary                 BxHxSxD
+            log_softmax_topk       MxV
+            cross_entropy          MxV
+            linear_cross_entropy   MxKxV
 
     Every implementation is first checked against float64 at this shape; one that is wrong gets no
     number. % of roof compares with the copy bandwidth and matmul rate that this machine measures.
@@ -154,8 +171,8 @@ def _measure(
 def _title(result: "Result") -> str:
     set_ones = [
         f"{name}={value}" if not isinstance(value, bool) else name
-        for name, value in dataclasses.asdict(result.options).items()
-        if value not in (False, None, "gelu")
+        for name, value in vars(result.options).items()
+        if value != getattr(type(result.options)(), name)
     ]
     return " ".join([result.op, "x".join(map(str, result.shape)), result.dtype, *set_ones])
 
