@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-long gpu bench clean
+.PHONY: demo test test-long gpu bench op-table clean
 
 .venv/ready: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit("tilewise needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -45,11 +45,18 @@ gpu:
 # outputs would be timed mapping fresh pages, which is up to 30 ms per 100 MB and the same for all.
 bench: .venv/ready
 	mkdir -p benches/results
-	OMP_NUM_THREADS=2 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	    $(BIN)/pytest benches --benchmark-json=benches/results/cpu.json
+	for dtype in float32 bfloat16; do \
+	    OMP_NUM_THREADS=2 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	    $(BIN)/pytest benches --dtype $$dtype --benchmark-json=benches/results/$$dtype.json \
+	    || exit 1; \
+	done
 	$(BIN)/python benches/aot.py --json benches/results/aot.json
-	$(BIN)/python benches/report.py benches/results/cpu.json --aot benches/results/aot.json \
-	    --plot benches/results/cpu.svg
+	$(BIN)/python benches/report.py benches/results/float32.json benches/results/bfloat16.json \
+	    --aot benches/results/aot.json --plot benches/results/cpu.svg
+
+# The table of kernels/README.md: every op and implementation, its error and its determinism.
+op-table: .venv/ready
+	OMP_NUM_THREADS=2 $(BIN)/python benches/op_table.py
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/tilewise_kernels/_C*.so
