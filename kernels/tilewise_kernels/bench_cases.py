@@ -4,10 +4,10 @@ Activations are drawn from N(0, 1) and weights from N(0, 1 / fan_in), as in a tr
 weights would drive softmax into denormals, and with them the timings.
 
 Shapes: softmax, log_softmax ...xN; log_softmax_topk x [M, V]; attention q [B, H, Sq, D], k and v
-[B, Hkv, Sk, D]; attention_varlen q, k, v [total, H, D] of B sequences of about S;
-decode_attention q [R, H, 1, D], caches [R, Hkv, T, D]; layer_norm, rms_norm ...xN; linear, linear_act x [M, K], weight
-[N, K]; feed_forward x [M, E], w1 [F, E], w2 [E, F]; rotary q [B, H, S, D]; cross_entropy logits
-[M, V]; linear_cross_entropy x [M, K], weight [V, K].
+[B, Hkv, Sk, D]; attention_varlen q, k, v [total, H, D] of B sequences of about S; decode_attention
+q [R, H, 1, D], caches [R, Hkv, T, D]; layer_norm, rms_norm ...xN; linear, linear_act x [M, K],
+weight [N, K]; feed_forward x [M, E], w1 [F, E], w2 [E, F]; rotary q [B, H, S, D]; cross_entropy
+logits [M, V]; linear_cross_entropy x [M, K], weight [V, K].
 """
 
 import math
