@@ -2,7 +2,7 @@
 
 Known: nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.TransformerEncoder and the encoder and
 decoder layers, Linear-activation-Linear in nn.Sequential; in Hugging Face's BERT, RoBERTa, GPT-2,
-BART, LLaMA, GPT-NeoX and T5 attention, norms, feed-forward and the language-model loss.
+BART, LLaMA, GPT-NeoX and T5 attention, norms, feed-forward, and the loss of the causal models.
 """
 
 from .fusing import fuse

@@ -321,54 +321,36 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of each position's logits [B, S, V] with the label [B, S] after it."""
+    """Cross-entropy of each position's logits [B, S, V] with the label [B, S] after it: the mean
+    over those not ignored, or the sum over num_items_in_batch. transformers makes a float32 copy
+    of the logits for it."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return masked_lm_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
-
-
-def masked_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    **kwargs: Any,
-) -> Tensor:
-    """Cross-entropy of logits [B, S, V] with labels [B, S]: the mean over those not ignored, or
-    the sum over num_items_in_batch. transformers makes a float32 copy of the logits for it."""
-    logits, target = logits.reshape(-1, vocab_size), labels.reshape(-1).to(logits.device)
+    logits, target = logits.reshape(-1, vocab_size), shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
         return cross_entropy(logits, target, ignore_index=ignore_index)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
-    return cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum") / (
-        num_items_in_batch
-    )
-
-
-_LOSSES = {"ForCausalLM": causal_lm_loss, "ForMaskedLM": masked_lm_loss}
+    total = cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return total / num_items_in_batch
 
 
 def replace_losses(model: nn.Module, report: FusionReport) -> None:
-    """Set the loss_function of the known language models inside `model`."""
+    """Set the loss_function of the known language models inside `model` that call it."""
     for path, module in model.named_modules():
         kind = own_class(module)
-        if _key(kind).split(".")[0] not in _FAMILIES or not hasattr(kind, "loss_function"):
+        if _key(kind) not in _CAUSAL:
             continue
-        loss = _LOSSES.get(getattr(module, "loss_type", None) or "")
-        if loss is None:
-            continue
-        if "_loss_function" in module.__dict__:
-            fused = module.__dict__["_loss_function"] is loss
+        own = module.__dict__.get("_loss_function")
+        if own is not None:
+            fused = own is causal_lm_loss
             reason = "it is fused already" if fused else "it has a loss_function of its own"
             report.skipped.append(Skipped(path, kind.__name__, reason))
             continue
-        report.replaced.append(
-            Replaced(path, kind.__name__, f"{kind.__name__} with fused cross-entropy")
-        )
+        new = f"{kind.__name__} with fused cross-entropy"
+        report.replaced.append(Replaced(path, kind.__name__, new))
         report.undo.append(partial(module.__dict__.pop, "_loss_function", None))
-        module.__dict__["_loss_function"] = loss
+        module.__dict__["_loss_function"] = causal_lm_loss
 
 
 # -- what is known -------------------------------------------------------------------------------
@@ -403,6 +385,14 @@ _ATTENTION = {
 }
 
 
+# Models that call their loss_function; that of the others is written out inside their forward.
+_CAUSAL = {
+    "bert.modeling_bert.BertLMHeadModel",
+    "roberta.modeling_roberta.RobertaForCausalLM",
+    "gpt2.modeling_gpt2.GPT2LMHeadModel",
+    "llama.modeling_llama.LlamaForCausalLM",
+    "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
+}
 _FAMILIES = {name.split(".")[0] for name in _KNOWN}
 
 
