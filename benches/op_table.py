@@ -5,8 +5,8 @@
 For every implementation that this machine has, at a small odd shape with the op's usual options:
 the largest error against float64 over that of eager PyTorch in the same dtype, of the outputs and
 of the worst gradient, and whether ten runs give the same bits. Triton runs in its interpreter where
-there is no GPU. --check only compares the implementations named there with those registered; exit code 1
-when they differ.
+there is no GPU. --check only compares the implementations named there with those registered; exit
+code 1 when they differ.
 """
 
 import argparse

@@ -75,9 +75,11 @@ def test_case_is_right_and_measured(op: str) -> None:
     result = benchmark(case, shape, options, directions=directions, seconds=0.01)
     assert set(result.verdicts) == set(directions)
     assert {"eager", "reference"} <= {r.name for r in result.rows}
+    elsewhere = {"triton", "sdpa efficient", "sdpa cudnn"}  # these need a GPU
+    elsewhere |= {"torch"} if op == "linear" and chosen_way(op) == "native" else set()
     for contender in result.rows:
-        if contender.name == "triton":
-            assert contender.problem is not None and "triton" in contender.problem
+        if contender.name in elsewhere:
+            assert contender.problem is not None
             continue
         assert contender.problem is None
         assert set(contender.timings) == set(directions)
@@ -174,9 +176,9 @@ def test_item_by_item_is_the_whole() -> None:
     """The reference may go one batch item at a time; that must not change what it says."""
     case, (shape, options) = CASES["attention"], SMALL["attention"]
     inputs = case.make(shape, options, "cpu", torch.float64)
-    grad = torch.randn(2, 4, 6, 16, dtype=torch.float64)
-    parts = outcome(lambda t: case.eager(t, options), inputs, grad, True)
-    whole = outcome(lambda t: case.eager(t, options), inputs, grad, False)
+    grads = [torch.randn(2, 4, 6, 16, dtype=torch.float64)]
+    parts = outcome(lambda t: case.eager(t, options), inputs, grads, True)
+    whole = outcome(lambda t: case.eager(t, options), inputs, grads, False)
     assert set(parts) == {"y", "dq", "dk", "dv"}
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
@@ -205,10 +207,11 @@ def test_every_implementation_is_named_and_forced(monkeypatch) -> None:
 
     replace_forward(monkeypatch, "layer_norm", "reference", counted)
     shape, options = SMALL["layer_norm"]
-    chosen_alone = contest(CASES["layer_norm"], shape, options, every_way=False)
-    assert chosen_alone.chosen.ran == "torch" and not calls
+    chosen = contest(CASES["layer_norm"], shape, options, every_way=False).chosen.ran
+    assert chosen != "reference" and not calls
     every = contest(CASES["layer_norm"], shape, options)
-    assert [r.ran for r in every.rows if r.ours and not r.problem] == ["torch", "reference"]
+    ran = [r.ran for r in every.rows if r.ours and not r.problem]
+    assert ran[0] == chosen and "reference" in ran and len(set(ran)) == len(ran)
     assert calls
 
 

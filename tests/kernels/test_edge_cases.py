@@ -140,7 +140,7 @@ def test_02_masks_of_every_shape_bool_and_added(way: str, shape: tuple[int, ...]
             close(attention(q, k, v, mask=mask), explicit(q, k, v, mask=mask))
 
 
-@pytest.mark.parametrize("way", ["torch", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["", "blocked", "triton"])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 2, 5, 7), (2, 1, 1, 7), (2, 2, 5, 1), (1,)])
 def test_02_bias_gradients_have_the_shape_of_the_bias(way: str, shape: tuple[int, ...]) -> None:
     q, k, v, bias = *qkv(), normal(*shape, seed=5)
@@ -332,11 +332,11 @@ def test_08_layouts_do_not_matter(name: str) -> None:
     ):
         out, (grad,) = train(call, [x])
         wanted, (exact,) = train(call, [plain])
-        close(out, wanted, 1e-6)
-        close(grad, exact, 1e-6)
+        close(out, wanted)
+        close(grad, exact)
         leaf = x.detach().requires_grad_()
         call(leaf).sum().backward()  # stride-0 upstream gradient
-        close(leaf.grad, exact, 1e-6)
+        close(leaf.grad, exact)
 
 
 # ---- 9. huge, equal and odd scores -------------------------------------------------------------
@@ -420,10 +420,8 @@ def test_11_wide_rows(n: int) -> None:
 
 
 def test_11_offsets_past_two_to_the_31() -> None:
-    """Rows that lie 2^31 elements apart in a sparse file of zeros; only a few are touched."""
-    far = torch.from_file("/dev/zero", shared=False, size=2**31 + 64, dtype=torch.float16)
-    x = far.as_strided((2, 32), (2**31, 1))
-    x.copy_(normal(2, 32).half())
+    """Rows 2^31 elements apart: of the memory between them no page is ever touched."""
+    x = torch.empty_strided((2, 32), (2**31, 1), dtype=torch.float16).copy_(normal(2, 32).half())
     for call in (softmax, rms_norm, log_softmax, layer_norm):
         assert torch.equal(call(x), call(x.clone()))
 

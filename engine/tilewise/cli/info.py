@@ -76,7 +76,12 @@ def ops(device: str) -> list[dict[str, Any]]:
         made = case.make(case.shape, case.options, device, torch.float32)
         for dtype in DTYPES[device]:
             kind = getattr(torch, dtype)
-            inputs = {n: t.to(kind) if t.is_floating_point() else t for n, t in made.items()}
+            inputs = {
+                name: value.to(kind)
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+                else value
+                for name, value in made.items()
+            }
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 told = explain(case.ours, inputs, case.options)
             found.append({
