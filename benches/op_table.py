@@ -24,7 +24,7 @@ from report import table, write_between_markers  # noqa: E402
 
 from tilewise_kernels.bench_cases import CASES, Case, Options, Shape  # noqa: E402
 from tilewise_kernels.benchmark import Judge, largest_errors, outcome  # noqa: E402
-from tilewise_kernels.errors import KernelUnavailable  # noqa: E402
+from tilewise_kernels.errors import ArgumentError, KernelUnavailable  # noqa: E402
 from tilewise_kernels.op import _ops, force  # noqa: E402
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
@@ -64,11 +64,11 @@ def cell(
     case: Case, shape: Shape, options: Options, way: str, device: str, dtype: torch.dtype
 ) -> tuple[str, bool]:
     """(the error ratios as text, whether every run gave the same bits) of one implementation."""
-    inputs = case.make(shape, options, device, dtype)
     try:
+        inputs = case.make(shape, options, device, dtype)
         with force(way, case.op):
             return measured(case, options, inputs)
-    except KernelUnavailable:
+    except (ArgumentError, KernelUnavailable):
         return "-", True  # explain() says why
 
 
