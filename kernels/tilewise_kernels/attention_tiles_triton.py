@@ -371,10 +371,12 @@ def mask_kind(call: Call) -> str:
 
 def load_kind(call: Call) -> str:
     """Which column of the table of tiles serves a call."""
+    if call.cu_q is not None:
+        return "packed"
     heavy = (call.mask, call.bias, call.seed, call.alibi_slopes)
-    if call.softcap or any(tensor is not None for tensor in heavy):
-        return "heavy" if call.cu_q is None else "packed"
-    return "plain" if call.cu_q is None else "packed"
+    if call.softcap or call.left >= 0 or any(tensor is not None for tensor in heavy):
+        return "heavy"
+    return "plain"
 
 
 def common_arguments(kernel: str, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -353,7 +353,7 @@ def compile_call(
         tile = f"w{o['num_warps']}"
         if not lists:
             tile = f"{a['BLOCK_M']}x{a['BLOCK_N']} {tile} s{o['num_stages']}"
-        # what design promises, less the one row that spills 16 bytes (configs.py)
+        # what design promises, less the one row that spills a little (configs.py)
         strict = lists or dtype != torch.float32 or D <= 64
         strict = strict and not (arch == 100 and D == 256 and mask is not None and "dkv" in name)
         plain = D == 64 and right == 0 and arch != 86 and not any(features[:4] + features[5:])

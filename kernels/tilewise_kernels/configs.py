@@ -16,15 +16,15 @@ class AttentionConfig(NamedTuple):
     num_stages: int
 
 
-# What a score tile has to bear: nothing but diagonals and lengths; a mask, bias, softcap, ALiBi or
-# dropout; either of these in packed sequences.
+# What a score tile has to bear: nothing but one diagonal and lengths; a mask, bias, window, softcap,
+# ALiBi or dropout; either of these in packed sequences.
 ATTENTION_LOADS = ("plain", "heavy", "packed")
 
 # (kernel, architecture, "half" | "float32") -> padded head dim -> a tile for each load.
 # They began as the defaults PyTorch's own templates use on an H100 and were shrunk until ahead-of-
 # time compilation showed no spilled register and the right tensor-core instruction (benches/aot.py
 # repeats that): a heavy tile takes registers, so the columns differ. Two exceptions: float32
-# above head dim 64 spills, and on sm_100 the masked dk, dv row at 256 spills 16 bytes.
+# above head dim 64 spills, and on sm_100 the heavy dk, dv row at 256 spills up to 64 bytes.
 # 80 serves every chip without wgmma or tcgen05 and stays within the 99 KB of the small ones.
 Tile = tuple[int, int, int, int]
 ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
@@ -41,7 +41,7 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
         256: ((64, 32, 8, 1), (64, 16, 8, 2), (64, 32, 8, 1)),
     },
     ("backward_dkv", 80, "half"): {
-        32: ((64, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2)),
+        32: ((64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 2)),
         64: ((32, 128, 8, 3), (32, 64, 8, 2), (32, 128, 8, 2)),
         128: ((16, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
         256: ((16, 64, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2)),
@@ -50,13 +50,13 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
         32: ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3)),
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3)),
         128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
-        256: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        256: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
     },
     ("backward_dq", 90, "half"): {
         32: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
         64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
         128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-        256: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
     },
     ("backward_dkv", 90, "half"): {
         32: ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
@@ -67,7 +67,7 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
     ("forward", 100, "half"): {
         32: ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3)),
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
         256: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
     },
     ("backward_dq", 100, "half"): {
@@ -78,7 +78,7 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
     },
     ("backward_dkv", 100, "half"): {
         32: ((64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
-        64: ((64, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 3)),
+        64: ((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2)),
         128: ((64, 128, 8, 1), (64, 128, 8, 1), (64, 128, 8, 1)),
         256: ((32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
     },
@@ -95,8 +95,8 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
         256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     ("backward_dkv", 80, "float32"): {
-        32: ((16, 64, 4, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
-        64: ((16, 64, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 64, 8, 2), (32, 64, 8, 1)),
+        64: ((32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
         128: ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
@@ -113,8 +113,8 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
         256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     ("backward_dkv", 90, "float32"): {
-        32: ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-        64: ((32, 64, 8, 2), (16, 64, 4, 1), (16, 64, 4, 1)),
+        32: ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
+        64: ((32, 64, 8, 2), (16, 128, 8, 1), (16, 64, 4, 1)),
         128: ((16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
         256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
