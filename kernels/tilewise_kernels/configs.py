@@ -16,7 +16,7 @@ class AttentionConfig(NamedTuple):
     num_stages: int
 
 
-# What a score tile has to bear: nothing but one diagonal and lengths; a mask, bias, window, softcap,
+# What a score tile has to bear: one diagonal and lengths at most; a mask, bias, window, softcap,
 # ALiBi or dropout; either of these in packed sequences.
 ATTENTION_LOADS = ("plain", "heavy", "packed")
 
@@ -72,7 +72,7 @@ ATTENTION: dict[tuple[str, int, str], dict[int, tuple[Tile, Tile, Tile]]] = {
     },
     ("backward_dq", 100, "half"): {
         32: ((128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 8, 3)),
-        64: ((128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+        64: ((128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 8, 3)),
         128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
         256: ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
     },
