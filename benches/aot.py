@@ -43,7 +43,6 @@ MODULES = [
     "tilewise_kernels.attention_triton",
     "tilewise_kernels.decode_attention_triton",
     "tilewise_kernels.cross_entropy_triton",
-    "tilewise_kernels.layer_norm_triton",
     "tilewise_kernels.norm_triton",
     "tilewise_kernels.linear_act_triton",
     "tilewise_kernels.rotary_triton",

@@ -19,6 +19,7 @@ import tilewise
 from tilewise.cli import main
 from tilewise.config import ModelConfig
 from tilewise.text import train_tokenizer
+from tilewise_kernels.bench_cases import CASES
 
 TEXTS = ["half past three", "two hundred and six", "the first of May"]
 JAPANESE = "\u5e74\u6708\u65e5\u5348\u5f8c\u6642\u5206"
@@ -293,8 +294,7 @@ def test_info_names_what_every_op_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["cpu"]["threads"] == torch.get_num_threads()
     assert (document["native"]["missing"] is None) == bool(document["native"]["build"])
     on_cpu = {(op["op"], op["dtype"]): op for op in document["ops"] if op["device"] == "cpu"}
-    ops = {"softmax", "attention", "decode_attention", "layer_norm", "linear_act", "feed_forward"}
-    assert {op for op, _ in on_cpu} == ops
+    assert {op for op, _ in on_cpu} == set(CASES)
     assert on_cpu["attention", "float32"]["implementation"] == "torch"
     assert "cpu" in on_cpu["attention", "float32"]["others"]["triton"]
     text = run("info").stdout

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -373,12 +374,14 @@ def test_costs_are_what_the_docstrings_say():
     expanded = torch.ones(100, dtype=torch.bool).expand(8, 100)
     assert SOFTMAX.cost(x, expanded, 1.0, False).bytes == 6400 + 100
     q, k = torch.empty(2, 4, 6, 8), torch.empty(2, 2, 10, 8)
-    plain = ATTENTION.cost(q, k, k, None, None, False, 1.0)
+
+    def attended(q: Tensor, k: Tensor, causal: bool, left: int = -1) -> Cost:
+        return ATTENTION.cost(q, k, k, *[None] * 5, causal, left, -1, 0.0, 1.0, 0.0)
+
+    plain = attended(q, k, False)
     assert plain.flops == 4 * 2 * 4 * 6 * 10 * 8 and plain.backward_flops == plain.flops * 5 // 2
     assert plain.bytes == 4 * (2 * q.numel() + 2 * k.numel())
-    causal = ATTENTION.cost(q, k, k, None, None, True, 1.0)
-    assert causal.flops == 4 * 2 * 4 * 8 * (5 + 6 + 7 + 8 + 9 + 10)
-    upside_down = ATTENTION.cost(
-        k[:, :1].expand(2, 4, 10, 8), q[:, :2], q[:, :2], None, None, True, 1.0
-    )
+    assert attended(q, k, True).flops == 4 * 2 * 4 * 8 * (5 + 6 + 7 + 8 + 9 + 10)
+    assert attended(q, k, True, left=2).flops == 4 * 2 * 4 * 8 * 6 * 3
+    upside_down = attended(k[:, :1].expand(2, 4, 10, 8), q[:, :2], True)
     assert upside_down.flops == 4 * 2 * 4 * 8 * (0 + 0 + 0 + 0 + 1 + 2 + 3 + 4 + 5 + 6)
