@@ -54,3 +54,9 @@ def test_the_files_it_links_exist() -> None:
         r"`((?:examples|benches)/\S+)`", text
     ):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_ops_lists_what_is_registered() -> None:
+    command = [sys.executable, str(ROOT / "benches" / "op_table.py"), "--check"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
