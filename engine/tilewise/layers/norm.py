@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm with the residual addition fused in.
+"""LayerNorm and RMSNorm with dropout and the residual addition fused in.
 
 Shapes: x, residual [..., N].
 """
@@ -26,13 +26,23 @@ class LayerNorm(nn.LayerNorm):
         if len(self.normalized_shape) != 1:
             raise ArgumentError(f"LayerNorm: size is {size}; it normalises the last dim only")
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """LN(x), or LN(x + residual): [..., N] to [..., N]."""
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        """LN(dropout(x) + residual), of what is given: [..., N] to [..., N]."""
+        return layer_norm(
+            x, self.weight, self.bias, eps=self.eps, residual=residual, dropout_p=dropout_p
+        )
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(LN(s), s) with s = x + residual: the pre-norm step that carries the sum on."""
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, prenorm=True)
+    def add(self, x: Tensor, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(LN(s), s) with s = dropout(x) + residual: the pre-norm step that carries the sum on."""
+        return layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            residual=residual,
+            dropout_p=dropout_p,
+            prenorm=True,
+        )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -48,13 +58,17 @@ class RMSNorm(nn.RMSNorm):
         if len(self.normalized_shape) != 1:
             raise ArgumentError(f"RMSNorm: size is {size}; it normalises the last dim only")
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """RMS(x), or RMS(x + residual): [..., N] to [..., N]."""
-        return rms_norm(x, self.weight, eps=self._eps(x), residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        """RMS(dropout(x) + residual), of what is given: [..., N] to [..., N]."""
+        eps = self._eps(x)
+        return rms_norm(x, self.weight, eps=eps, residual=residual, dropout_p=dropout_p)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(RMS(s), s) with s = x + residual: the pre-norm step that carries the sum on."""
-        return rms_norm(x, self.weight, eps=self._eps(x), residual=residual, prenorm=True)
+    def add(self, x: Tensor, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(RMS(s), s) with s = dropout(x) + residual: the pre-norm step that carries the sum on."""
+        eps = self._eps(x)
+        return rms_norm(
+            x, self.weight, eps=eps, residual=residual, dropout_p=dropout_p, prenorm=True
+        )
 
     def _eps(self, x: Tensor) -> float:
         if self.eps is not None:

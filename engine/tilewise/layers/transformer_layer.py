@@ -18,7 +18,8 @@ class TransformerLayer(nn.Module):
 
     Parameters are named as in torch.nn.TransformerEncoderLayer and TransformerDecoderLayer.
     Post-norm: x = norm(x + sublayer(x)) (Vaswani et al. 2017). Pre-norm: x = x + sublayer(norm(x))
-    (Xiong et al. 2020); there the residual sum comes out of the next norm's kernel.
+    (Xiong et al. 2020); there the residual sum comes out of the next norm's kernel. Dropout of a
+    sublayer's output happens in the norm that follows.
     """
 
     def __init__(self, config: ModelConfig, *, number: int = 1, cross_attention: bool = False):
@@ -63,22 +64,26 @@ class TransformerLayer(nn.Module):
         last_norm = self.norm2 if self.multihead_attn is None else self.norm3
         inner = self.norm1(x) if self.pre_norm else x
         step = self.self_attn(inner, mask=mask, causal=causal, key_lengths=key_lengths, cache=cache)
-        step = self.dropout(step)
         if self.multihead_attn is not None:
             inner, x = self._close(self.norm2 if self.pre_norm else self.norm1, step, x)
             step = self.multihead_attn(inner, memory, mask=memory_mask, key_lengths=memory_lengths)
-            step = self.dropout(step)
             inner, x = self._close(self.norm3 if self.pre_norm else self.norm2, step, x)
         else:
             inner, x = self._close(self.norm2 if self.pre_norm else self.norm1, step, x)
-        step = self.dropout(self._feed_forward(inner))
-        return x + step if self.pre_norm else last_norm(step, residual=x)
+        step = self._feed_forward(inner)
+        if self.pre_norm:
+            return x + self.dropout(step)
+        return last_norm(step, residual=x, dropout_p=self._dropout_p)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout.p if self.training else 0.0
 
     def _close(self, norm: LayerNorm, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """End a sublayer: (input of the next sublayer, residual stream)."""
         if self.pre_norm:
-            return norm.add(step, x)
-        x = norm(step, residual=x)
+            return norm.add(step, x, self._dropout_p)
+        x = norm(step, residual=x, dropout_p=self._dropout_p)
         return x, x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
