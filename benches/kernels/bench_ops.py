@@ -87,7 +87,7 @@ SHAPES: dict[str, list[tuple[Shape, Options]]] = {
 }
 
 
-def bench(
+def bench_every_op(
     bench_op: Callable[..., None],
     op: str,
     shape: Shape,
