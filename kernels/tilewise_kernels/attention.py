@@ -36,6 +36,7 @@ from .checks import (
     has_shape,
     is_flag,
     is_float_tensor,
+    is_index_tensor,
     is_mask,
     is_number,
     is_probability,
@@ -139,6 +140,7 @@ OP = Op(
             attention_cpu.backward,
             devices=("cpu",),
             refuses=attention_cpu.refuses,
+            slower=attention_cpu.lacks,
             refuses_backward=lambda grad, q, k, v, out, lse, *rest: attention_cpu.refuses(
                 q, k, v, *rest[:-1]
             ),
@@ -173,9 +175,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_key_lengths(key_lengths: Tensor, q: Tensor, sk: int) -> None:
-    if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in (torch.int32, torch.int64):
-        got = key_lengths.dtype if isinstance(key_lengths, Tensor) else type(key_lengths).__name__
-        raise fail("attention", "key_lengths", got, "pass an int32 or int64 torch.Tensor")
+    is_index_tensor("attention", "key_lengths", key_lengths)
     same_device("attention", "key_lengths", key_lengths, "q", q)
     has_shape("attention", "key_lengths", key_lengths, (q.shape[0],), "[batch]")
     # Reading values would stall a GPU and break a graph; there the kernels clamp instead.
@@ -185,41 +185,45 @@ def _check_key_lengths(key_lengths: Tensor, q: Tensor, sk: int) -> None:
             raise fail("attention", "key_lengths", f"{low}..{high}", f"keep it within 0..{sk}")
 
 
-def _check_slopes(slopes: Tensor, q: Tensor) -> None:
-    is_float_tensor("attention", "alibi_slopes", slopes)
-    same_device("attention", "alibi_slopes", slopes, "q", q)
-    has_shape("attention", "alibi_slopes", slopes, (q.shape[1],), "[heads of q]")
+def check_slopes(op: str, slopes: Tensor | None, q: Tensor) -> None:
+    """Raise ArgumentError unless alibi_slopes are [Hq], or None; q is [B, Hq, ...]."""
+    if slopes is None:
+        return
+    is_float_tensor(op, "alibi_slopes", slopes)
+    same_device(op, "alibi_slopes", slopes, "q", q)
+    has_shape(op, "alibi_slopes", slopes, (q.shape[1],), "[heads of q]")
     if slopes.requires_grad:
-        takes = "they take no gradient: alibi_slopes.detach(), or pass bias"
-        raise fail("attention", "alibi_slopes", "one that requires grad", takes)
+        takes = "they take no gradient: pass alibi_slopes.detach()"
+        raise fail(op, "alibi_slopes", "one that requires grad", takes)
 
 
-def _check_bias(bias: Tensor, q: Tensor, sk: int) -> None:
-    is_float_tensor("attention", "bias", bias, min_dims=0)
-    same_device("attention", "bias", bias, "q", q)
-    broadcasts("attention", "bias", bias, (*q.shape[:3], sk), "[B, Hq, Sq, Sk]")
+def check_bias(op: str, bias: Tensor, q: Tensor, sk: int, meaning: str) -> None:
+    """Raise ArgumentError unless bias broadcasts to [*q.shape[:3], sk], spelt by `meaning`."""
+    is_float_tensor(op, "bias", bias, min_dims=0)
+    same_device(op, "bias", bias, "q", q)
+    broadcasts(op, "bias", bias, (*q.shape[:3], sk), meaning)
 
 
-def _bounds(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """window as two numbers, -1 where it is None."""
+def bounds(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """window as two numbers, -1 where it is None; raises ArgumentError unless it is such a pair."""
     if window is None:
         return -1, -1
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     if not pair or not all(n is None or (is_whole(n) and n >= 0) for n in window):
-        takes = "pass (left, right), each a number >= 0 or None"
-        raise fail("attention", "window", window, takes)
+        raise fail(op, "window", window, "pass (left, right), each a number >= 0 or None")
     left, right = (-1 if n is None else min(n, 2**31 - 1) for n in window)
     return left, right
 
 
-def _check_numbers(scale: object, softcap: object, dropout_p: object) -> None:
+def check_numbers(op: str, scale: object, softcap: object, dropout_p: object) -> None:
+    """Raise ArgumentError unless scale is finite, softcap above 0, dropout_p within [0, 1]."""
     if scale is not None:
-        is_number("attention", "scale", scale)
+        is_number(op, "scale", scale)
     if softcap is not None:
-        is_number("attention", "softcap", softcap)
+        is_number(op, "softcap", softcap)
         if softcap <= 0:  # type: ignore[operator]
-            raise fail("attention", "softcap", softcap, "pass a number above 0, or None")
-    is_probability("attention", "dropout_p", dropout_p)
+            raise fail(op, "softcap", softcap, "pass a number above 0, or None")
+    is_probability(op, "dropout_p", dropout_p)
 
 
 @overload
@@ -299,16 +303,15 @@ def attention(
         is_mask("attention", mask, "q", q, (b, hq, sq, sk), "[B, Hq, Sq, Sk]")
         mask = _four_dims(mask, q)
     if bias is not None:
-        _check_bias(bias, q, sk)
+        check_bias("attention", bias, q, sk, "[B, Hq, Sq, Sk]")
         bias = _four_dims(bias, q)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, sk)
-    if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, q)
+    check_slopes("attention", alibi_slopes, q)
     is_flag("attention", "causal", causal)
     is_flag("attention", "return_lse", return_lse)
-    _check_numbers(scale, softcap, dropout_p)
-    left, right = _bounds(window)
+    check_numbers("attention", scale, softcap, dropout_p)
+    left, right = bounds("attention", window)
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -29,18 +29,27 @@ from .attention_blocked import (
 from .op import accumulator
 
 BLOCK_ROWS = 128  # of queries, where a causal limit or a window bounds the keys they see
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the kernel would round a smaller one to 0
 
 flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
-    """Why the kernel cannot take a call."""
+def lacks(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
+    """What of a call's mathematics the kernel has not: the caller could do nothing about it."""
     how = Scoring(*scoring)
     if how.softcap:
         return "its kernel has no softcap"
     if how.dropout_p:
         return "its kernel has no dropout that a seed governs"
+    return None
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
+    """Why the kernel cannot take a call."""
+    if lacking := lacks(q, k, v, *scoring):
+        return lacking
+    how = Scoring(*scoring)
     for name, term in (("mask", how.mask), ("bias", how.bias)):
         if term is not None and term.shape[3] != k.shape[2]:
             return f"its kernel cannot read a {name} that is broadcast over keys"
@@ -70,7 +79,7 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> _Operands:
     """
     sq, sk, lengths = q.shape[2], k.shape[2], None
     terms = [_additive(_stored(t), q) for t in (how.mask, how.bias) if t is not None]
-    relative = how.left >= 0 or how.right >= 0 or how.alibi_slopes is not None
+    relative = sk > 0 and (how.left >= 0 or how.right >= 0 or how.alibi_slopes is not None)
     causal = how.right == 0 and how.left < 0 and sq == sk and how.alibi_slopes is None
     if how.key_lengths is not None:
         if sk >= 512 or (relative and not causal) or any(t.shape[2] > 1 for t in terms):
@@ -213,8 +222,9 @@ def _dead(mask: Tensor, rows: int, causal: bool) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments."""
     how = Scoring(*scoring)
-    if how.scale < 0:  # the kernel's running maximum assumes that scaling keeps the order of scores
-        return forward(-q, k, v, *how._replace(scale=-how.scale))
+    if how.scale < SMALLEST_SCALE:
+        factor, how = _scaled_before(how)
+        return forward(q * factor, k, v, *how)
     sq, sk, head_dim = q.shape[2], k.shape[2], v.shape[3]
     how = how.settled(sq, sk)
     given = _operands(q, k, v, how)
@@ -232,6 +242,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Ten
         share, lse[at] = (_turned(t, given) for t in found)
         out[at] = share[..., :head_dim]
     return out, lse
+
+
+def _scaled_before(how: Scoring) -> tuple[float, Scoring]:
+    """What to multiply q by, and the rest with a larger scale. The kernel's running maximum assumes
+    that scaling keeps the order of scores, and 0 times the -inf of a key that it hides is NaN.
+    """
+    if how.scale < 0:
+        return -1.0, how._replace(scale=-how.scale)
+    return how.scale, how._replace(scale=1.0)
 
 
 def _one_call(pieces: list[Block], q: Tensor, given: _Operands) -> bool:
@@ -268,10 +287,10 @@ def _backward_qkv(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the whole row's out and lse each piece gives its exact share of the gradients."""
-    if how.scale < 0:
-        how = how._replace(scale=-how.scale)
-        dq, dk, dv = _backward_qkv(grad, -q, k, v, out, lse, how)
-        return -dq, dk, dv
+    if how.scale < SMALLEST_SCALE:
+        factor, how = _scaled_before(how)
+        dq, dk, dv = _backward_qkv(grad, q * factor, k, v, out, lse, how)
+        return dq * factor, dk, dv
     (sq, d), (hkv, sk, head_dim) = q.shape[2:], v.shape[1:]
     how = how.settled(sq, sk)
     given = _operands(q, k, v, how)

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from . import dropout, lazy_triton
 from .attention import OP as ATTENTION
+from .attention import bounds, check_numbers, check_slopes
 from .checks import (
     fail,
     has_shape,
     is_flag,
     is_float_tensor,
-    is_number,
-    is_probability,
+    is_index_tensor,
     is_whole,
     matches,
     same_device,
@@ -137,6 +137,7 @@ def _by_runs(name: str) -> Implementation:
         refuses=lambda q, k, v, cu_q, cu_k, *scoring: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring
         ),
+        slower=lambda q, k, v, cu_q, cu_k, *scoring: way.slower(q, k, v, *NO_MASKS, *scoring),
         refuses_backward=lambda grad, q, k, v, out, lse, cu_q, cu_k, *rest: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *rest[:-1]
         ),
@@ -250,9 +251,7 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, letter: str) -> None:
     """cu_seqlens and max_seqlen of one side; values are read only where that stalls nothing."""
-    if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
-        got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
-        raise fail(NAME, name, got, "pass an int32 or int64 torch.Tensor")
+    is_index_tensor(NAME, name, cu)
     if cu.dim() != 1 or cu.shape[0] < 1:
         raise fail(NAME, name, f"of shape {list(cu.shape)}", "it must be [sequences + 1]")
     same_device(NAME, name, cu, letter, packed)
@@ -265,44 +264,15 @@ def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, lette
     lengths = [after - before for before, after in zip(edges, edges[1:], strict=False)]
     if edges[0] != 0:
         raise fail(NAME, name, f"one that begins with {edges[0]}", "it must begin with 0")
-    if any(length < 0 for length in lengths):
-        raise fail(NAME, name, f"falling: {edges}", "each entry must be >= the one before")
+    if lengths and min(lengths) < 0:
+        at = next(i for i, length in enumerate(lengths) if length < 0)
+        got = f"falling from {edges[at]} to {edges[at + 1]} at entry {at + 1}"
+        raise fail(NAME, name, got, "each entry must be >= the one before")
     if edges[-1] != packed.shape[0]:
         takes = f"it must end with {packed.shape[0]}, the rows of {letter}"
         raise fail(NAME, name, f"one that ends with {edges[-1]}", takes)
     if longest is not None and lengths and max(lengths) > longest:
         raise fail(NAME, limit, longest, f"{name} has a sequence of {max(lengths)}")
-
-
-def _bounds(window: object) -> tuple[int, int]:
-    """window as two numbers, -1 where it is None."""
-    if window is None:
-        return -1, -1
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise fail(NAME, "window", window, "pass (left, right), each a number >= 0 or None")
-    if not all(n is None or (is_whole(n) and n >= 0) for n in window):
-        raise fail(NAME, "window", window, "pass (left, right), each a number >= 0 or None")
-    left, right = (-1 if n is None else min(n, 2**31 - 1) for n in window)
-    return left, right
-
-
-def _check_options(
-    q: Tensor, alibi_slopes: Tensor | None, scale: object, softcap: object, dropout_p: object
-) -> None:
-    if alibi_slopes is not None:
-        is_float_tensor(NAME, "alibi_slopes", alibi_slopes)
-        same_device(NAME, "alibi_slopes", alibi_slopes, "q", q)
-        has_shape(NAME, "alibi_slopes", alibi_slopes, (q.shape[1],), "[heads of q]")
-        if alibi_slopes.requires_grad:
-            takes = "they take no gradient: alibi_slopes.detach()"
-            raise fail(NAME, "alibi_slopes", "one that requires grad", takes)
-    if scale is not None:
-        is_number(NAME, "scale", scale)
-    if softcap is not None:
-        is_number(NAME, "softcap", softcap)
-        if softcap <= 0:  # type: ignore[operator]
-            raise fail(NAME, "softcap", softcap, "pass a number above 0, or None")
-    is_probability(NAME, "dropout_p", dropout_p)
 
 
 @overload
@@ -363,8 +333,9 @@ def attention_varlen(
         raise fail(NAME, "cu_seqlens_k", got, takes)
     is_flag(NAME, "causal", causal)
     is_flag(NAME, "return_lse", return_lse)
-    _check_options(q, alibi_slopes, scale, softcap, dropout_p)
-    left, right = _bounds(window)
+    check_slopes(NAME, alibi_slopes, q)
+    check_numbers(NAME, scale, softcap, dropout_p)
+    left, right = bounds(NAME, window)
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

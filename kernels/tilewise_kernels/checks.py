@@ -37,6 +37,16 @@ def is_float_tensor(op: str, name: str, tensor: object, min_dims: int = 1) -> No
         raise fail(op, name, f"of shape {shape_of(tensor)}", f"it needs {min_dims} or more dims")
 
 
+def is_index_tensor(op: str, name: str, tensor: object) -> None:
+    """Raise unless `tensor` is a strided int32 or int64 Tensor."""
+    if not isinstance(tensor, Tensor):
+        raise fail(op, name, type(tensor).__name__, "pass an int32 or int64 torch.Tensor")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise fail(op, name, tensor.dtype, "pass int32 or int64")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise fail(op, name, "sparse or nested", "pass a dense tensor")
+
+
 def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless both tensors lie on one device."""
     if tensor.device != other.device:

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from . import lazy_triton, native
+from .attention import bounds, check_bias, check_slopes
 from .attention_cpu import flash_cpu, runs
 from .checks import (
-    broadcasts,
     fail,
     has_shape,
     is_float_tensor,
+    is_index_tensor,
     is_number,
-    is_whole,
     matches,
     same_device,
 )
@@ -328,8 +328,7 @@ OP = Op(
 
 
 def _check_table(name: str, table: Tensor, q: Tensor, meaning: str) -> None:
-    if not isinstance(table, Tensor) or table.dtype not in (torch.int32, torch.int64):
-        raise fail("decode_attention", name, "not an integer tensor", "pass int32 or int64")
+    is_index_tensor("decode_attention", name, table)
     same_device("decode_attention", name, table, "q", q)
     if table.dim() != 2 or table.shape[0] != q.shape[0]:
         raise fail("decode_attention", name, f"of shape {list(table.shape)}", f"pass {meaning}")
@@ -367,7 +366,7 @@ def decode_attention(
         if tensor.dim() != 4:
             raise fail(op, name, f"{tensor.dim()}-dimensional", "pass 4 dims")
         matches(op, name, tensor, "q", q)
-    (r, hq, sq, d), (c, hkv, t, _) = q.shape, k_cache.shape
+    (r, hq, _, d), (c, hkv, t, _) = q.shape, k_cache.shape
     has_shape(op, "k_cache", k_cache, (c, hkv, t, d), "rows, its heads, positions, head dim of q")
     has_shape(op, "v_cache", v_cache, k_cache.shape, "the shape of k_cache")
     if hkv == 0 or hq % hkv:
@@ -388,22 +387,10 @@ def decode_attention(
     _check_lengths(lengths, q)
     if scale is not None:
         is_number(op, "scale", scale)
-    if alibi_slopes is not None:
-        is_float_tensor(op, "alibi_slopes", alibi_slopes)
-        same_device(op, "alibi_slopes", alibi_slopes, "q", q)
-        has_shape(op, "alibi_slopes", alibi_slopes, (hq,), "[heads of q]")
-        if alibi_slopes.requires_grad:
-            raise fail(op, "alibi_slopes", "one that requires grad", "it takes none: .detach() it")
-    left = -1
-    if window is not None:
-        pair = isinstance(window, (tuple, list)) and len(window) == 2
-        if not pair or not all(n is None or (is_whole(n) and n >= 0) for n in window):
-            raise fail(op, "window", window, "pass (left, right), each a number >= 0 or None")
-        left = -1 if window[0] is None else min(int(window[0]), 2**31)
+    check_slopes(op, alibi_slopes, q)
+    left, _ = bounds(op, window)
     if bias is not None:
-        is_float_tensor(op, "bias", bias, min_dims=0)
-        same_device(op, "bias", bias, "q", q)
-        broadcasts(op, "bias", bias, (r, hq, sq, capacity), "[R, Hq, Sq, T]")
+        check_bias(op, bias, q, capacity, "[R, Hq, Sq, T]")
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
@@ -415,7 +402,6 @@ def decode_attention(
 
 def _check_lengths(lengths: Tensor, q: Tensor) -> None:
     op = "decode_attention"
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise fail(op, "lengths", "not an integer tensor", "pass an int32 or int64 torch.Tensor")
+    is_index_tensor(op, "lengths", lengths)
     same_device(op, "lengths", lengths, "q", q)
     has_shape(op, "lengths", lengths, (q.shape[0],), "[rows of q]")

@@ -59,7 +59,8 @@ class Implementation:
     forward(*args) returns a tuple of outputs; backward(*backward_args) a tuple of gradients.
     missing() says what this machine lacks, refuses(*args) what the call has that this way cannot
     take, slower(*args) why a later way measures faster for this call. The first two warn once
-    when they turn a preferred way away; the third is a choice, not a loss.
+    when they turn a preferred way away; the third is a choice, not a loss. What both refuses and
+    slower give is no warning, but an error under force(): a call that this way was never made for.
     """
 
     name: str

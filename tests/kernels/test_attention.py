@@ -136,6 +136,10 @@ CASES = [
     Case("long lengths under a mask [1, 1, 1, Sk]", (2, 1), (9, 600), lengths=[555, 600],
          mask=(1, 1, 1, 600)),
     Case("scale 0", (2, 1), (9, 33), options={"scale": 0.0}),
+    Case("scale 0 under a mask, causal", (2, 1), (17, 17), mask=(17,),
+         options={"scale": 0.0, "causal": True}),
+    Case("a scale that float32 rounds to 0", (2, 1), (9, 9), mask=(9,), mask_dtype=F32,
+         options={"scale": -1e-60, "causal": True}),
     Case("negative scale", (2, 1), (17, 17), options={"scale": -0.7, "causal": True}),
     Case("batch of 5, a head each", (1, 1), (5, 5), B=5),
 ]  # fmt: skip
@@ -456,6 +460,16 @@ def test_empty(empty, lengths):
         assert all(
             g.shape == t.shape and g.isfinite().all() for g, t in zip(grads, (q, k, v), strict=True)
         )
+
+
+@pytest.mark.parametrize("options", [
+    {"window": (3, 1)}, {"alibi_slopes": torch.ones(4)}, {"window": (0, 0), "causal": True},
+], ids=str)  # fmt: skip
+def test_no_queries_and_no_keys(options, way):
+    q, k = torch.ones(2, 4, 0, 8, requires_grad=True), torch.ones(2, 2, 0, 8)
+    out, lse = ours(q, k, k, **options)
+    assert out.shape == q.shape and lse.shape == (2, 4, 0)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
 # ---- values ------------------------------------------------------------------------------------

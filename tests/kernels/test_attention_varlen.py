@@ -4,13 +4,14 @@ Shapes: q [Tq, Hq, D]; k [Tk, Hkv, D]; v [Tk, Hkv, Dv]; lengths are lists, cu_se
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention, attention_varlen, explain, force
+from tilewise_kernels import attention, attention_varlen, explain, force, op
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 
 INF, NAN = math.inf, math.nan
@@ -286,6 +287,20 @@ GOOD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{"softcap": 1.0}, {"dropout_p": 0.5}], ids=str)
+def test_what_a_caller_cannot_change_warns_nobody(options, monkeypatch):
+    """The torch way cannot take them; force() still says so."""
+    monkeypatch.setattr(op, "_warned", set())
+    q, ends = torch.ones(1, 2, 5, 8), torch.tensor([0, 5])
+    packed = (*[q[0].transpose(0, 1)] * 3, ends, ends)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(q, q, q, **options)
+        attention_varlen(*packed, **options)
+    with force("torch"), pytest.raises(KernelUnavailable, match="its kernel has no"):
+        attention_varlen(*packed, **options)
+
+
 @pytest.mark.parametrize("name, value, message", [
     ("q", torch.zeros(5, 8), "needs 3 or more dims"),
     ("q", torch.zeros(1, 5, 4, 8), "4-dimensional; pass \\[total, heads, dim\\]"),
@@ -296,11 +311,11 @@ GOOD = {
     ("v", torch.zeros(6, 2, 6), "rows and heads of k"),
     ("v", [1.0], "v is list"),
     ("cu_seqlens_q", [0, 2, 5], "pass an int32 or int64"),
-    ("cu_seqlens_q", torch.tensor([0.0, 5.0]), "torch.float32; pass an int32"),
+    ("cu_seqlens_q", torch.tensor([0.0, 5.0]), "torch.float32; pass int32"),
     ("cu_seqlens_q", torch.tensor([[0, 5]]), "must be \\[sequences \\+ 1\\]"),
     ("cu_seqlens_q", torch.tensor([], dtype=torch.int64), "must be \\[sequences \\+ 1\\]"),
     ("cu_seqlens_q", torch.tensor([1, 2, 5]), "begins with 1"),
-    ("cu_seqlens_q", torch.tensor([0, 6, 5]), "falling"),
+    ("cu_seqlens_q", torch.tensor([0, 6, 5]), "falling from 6 to 5 at entry 2"),
     ("cu_seqlens_q", torch.tensor([0, 2, 4]), "ends with 4; it must end with 5, the rows of q"),
     ("cu_seqlens_k", torch.tensor([0, 2, 9]), "ends with 9; it must end with 7"),
     ("cu_seqlens_k", torch.tensor([0, 7]), "cu_seqlens_q has 3"),
