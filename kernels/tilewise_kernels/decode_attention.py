@@ -201,7 +201,7 @@ def _torch_forward(
     _check_values(k_cache, lengths, beam_index, block_table)
     k, v = (_cached(cache, beam_index, block_table) for cache in (k_cache, v_cache))
     (r, hq, _, d), (hkv, t) = q.shape, k.shape[1:3]
-    grouped = q.reshape(r, hkv, hq // hkv, d)
+    grouped = q.contiguous().view(r, hkv, hq // hkv, d)  # it reads head dims that lie together
     if int(lengths.min()) == t:
         return (flash_cpu(grouped, k, v, 0.0, False, scale=scale)[0].reshape(q.shape),)
     if beam_index is None and block_table is None:  # read each row's own part in place
@@ -218,7 +218,7 @@ def _torch_forward(
     return (flash_cpu(grouped, k, v, 0.0, False, attn_mask=mask, scale=scale)[0].reshape(q.shape),)
 
 
-def _torch_refuses(
+def _torch_lacks(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -230,10 +230,20 @@ def _torch_refuses(
     left: int,
     bias: Tensor | None,
 ) -> str | None:
-    if q.shape[2] != 1 or q.numel() == 0 or k_cache.numel() == 0:
+    """What of a call the kernel has not: the caller could do nothing about it."""
+    if q.shape[2] != 1:
         return "its kernel is for one query token"
+    if any(t is not None and t.numel() == 0 for t in (q, k_cache, beam_index, block_table)):
+        return "its kernel cannot read an empty cache"
     if alibi_slopes is not None or left >= 0 or bias is not None:
         return "its kernel takes no ALiBi, window or bias"
+    return None
+
+
+def _torch_refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> str | None:
+    if lacking := _torch_lacks(q, k_cache, v_cache, *rest):
+        return lacking
+    scale = rest[3]
     if scale <= 0 or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
         return "its kernel needs a positive scale and head dims that lie together"
     return None
@@ -313,6 +323,7 @@ OP = Op(
             reference_backward,
             devices=("cpu",),
             refuses=_torch_refuses,
+            slower=_torch_lacks,
         ),
         Implementation("reference", reference, reference_backward),
     ],
@@ -353,7 +364,8 @@ def decode_attention(
     C = R unless beam_index or block_table says where to read; one float dtype. lengths: [R] int,
     positions in use. beam_index: [R, T'] int32, T' <= T, the cache row that holds position t of
     row r. block_table: [R, N] int32 into caches of pages [pages, Hkv, P, D]; not together with
-    beam_index. scale: 1 / sqrt(D) when None. alibi_slopes: [Hq], each score loses slope times
+    beam_index. Every entry of either must name a row or page that exists, past lengths[r] too (0
+    will do). scale: 1 / sqrt(D) when None. alibi_slopes: [Hq], each score loses slope times
     distance. window: (left, right), how far back a query sees; None = unbounded; nothing lies to
     the right. bias: broadcastable to [R, Hq, Sq, T'], added, with gradient.
     Returns [R, Hq, Sq, D]; a row of length 0 gives 0. What lies at or past lengths[r] never leaks

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tilewise_kernels import decode_attention, decode_attention_triton, explain, force, native
+from tilewise_kernels.decode_attention import OP
 from tilewise_kernels.decode_attention_triton import divide
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 from tilewise_kernels.launch import Launch
@@ -275,6 +276,31 @@ def test_layouts(way):
         views = {n: layout(call[n]) for n in ("k_cache", "v_cache")}
         views |= {"q": every_other, "beam_index": long, "lengths": lengths}
         assert torch.equal(pinned(way, call | views), expected)
+
+
+@pytest.mark.parametrize("way", [NATIVE, "torch", "reference", "triton"])
+@pytest.mark.parametrize("beams", [False, True])
+def test_queries_that_lie_apart(way, beams):
+    """What lies between their numbers is never read."""
+    call = Case((6, 2), [21, 9], 24, 40, beams=beams).call(FLOAT)
+    apart = torch.full((*call["q"].shape[:3], 80), torch.nan)
+    apart[..., ::2] = call["q"]
+    found = pinned(way, call | {"q": apart[..., ::2]})
+    assert torch.equal(found, pinned(way, call))
+
+
+@pytest.mark.parametrize("how", ["beam_index", "block_table"])
+def test_without_the_native_way_an_empty_table_gives_zero(how, monkeypatch):
+    """torch's kernel would divide by its number of keys, and end the process."""
+    others = {name: way for name, way in OP.implementations.items() if name != "native"}
+    monkeypatch.setattr(OP, "implementations", others)
+    call = Case((2, 1), [9, 4], 9, 16).call(FLOAT)
+    call |= {"lengths": torch.tensor([0, 0]), how: torch.zeros(2, 0, dtype=torch.int32)}
+    with force("torch"), pytest.raises(KernelUnavailable, match="empty"):
+        decode_attention(**call)
+    with force("reference"):
+        assert (decode_attention(**call) == 0).all()
+    assert (decode_attention(**call) == 0).all()
 
 
 @either
