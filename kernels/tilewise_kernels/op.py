@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError, KernelUnavailable
 from .lazy_triton import interpreted
@@ -366,13 +365,13 @@ class Op:
 
         _library.impl(backward_name, backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
-        registered_backward = getattr(torch.ops.tilewise, backward_name)
+        self._registered_backward = getattr(torch.ops.tilewise, backward_name)
 
         def keep(ctx: Any, inputs: Any, output: Any) -> None:
             self._keep(ctx, inputs, output, _forced.implementation(name) or "")
 
         def gradients(ctx: Any, *grads: Any) -> Any:
-            return self._gradients(ctx, grads, registered_backward)
+            return self._gradients(ctx, grads, self._registered_backward)
 
         def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(f"tilewise::{name} has no second derivative; use plain torch ops")
@@ -425,17 +424,13 @@ def _eager_function(op: Op) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():  # create_graph: refuse a second derivative if one is asked
-                return refusing(ctx, *grads)
+            if torch.is_grad_enabled():  # create_graph: the registered op refuses to go further
+                return op._gradients(ctx, grads, op._registered_backward)
             _backward.disposable = not ctx.hooked and not _graph_is_kept()
             try:
                 return op._gradients(ctx, grads, op._run_backward)
             finally:
                 _backward.disposable = False
-
-    @once_differentiable
-    def refusing(ctx: Any, *grads: Any) -> Any:
-        return op._gradients(ctx, grads, op._run_backward)
 
     Eager.__name__ = Eager.__qualname__ = op.name
     return Eager.apply

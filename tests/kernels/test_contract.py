@@ -411,7 +411,7 @@ def test_second_derivatives_raise(function, mode):
         first = torch.autograd.grad(
             leaves.outputs()[0].square().sum(), list(leaves.tensors.values()), create_graph=True
         )
-        with pytest.raises(RuntimeError, match="no second derivative|once_differentiable"):
+        with pytest.raises(RuntimeError, match="no second derivative"):
             first[0].square().sum().backward()
 
 

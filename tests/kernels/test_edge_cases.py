@@ -582,7 +582,7 @@ def test_15_inference_double_backward_and_vmap_of_leaves(name: str) -> None:
         close(call(x), expected, 1e-6)
     leaf = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative|once_differentiable"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         first.sum().backward()
 
 
