@@ -39,6 +39,7 @@ from .errors import KernelUnavailable
 from .op import _forced, _library, accumulator, plain_eager
 
 HALF = (torch.float16, torch.bfloat16)
+TINIEST = 2.0**-1074  # above 0
 
 
 # -- reference -----------------------------------------------------------------------------------
@@ -182,6 +183,34 @@ def _check_place(i: int, names: Sequence[str], place: Sequence[Tensor | None]) -
         raise fail("adamw_step", f"exp_avg_sqs[{i}]", got, "cast both moments alike")
 
 
+def _check_memory(names: Sequence[str], lists: Sequence[Sequence[Tensor | None]]) -> None:
+    """Raise if an element that the step writes is an element of another tensor, or its own twin."""
+    used = [t for tensors in lists for t in tensors if t is not None and t.numel() > 0]
+    if len({t.data_ptr() for t in used}) == len(used) and all(t.is_contiguous() for t in used):
+        return  # as usual, and quick to find out
+    seen: dict[int, str] = {}
+    for name, tensors in zip(names, lists, strict=True):
+        for i, tensor in enumerate(tensors):
+            if tensor is None or tensor.numel() == 0:
+                continue
+            label, read_only = f"{name}[{i}]", name == "grads"
+            if not read_only and torch._debug_has_internal_overlap(tensor) == 1:
+                raise fail("adamw_step", label, "expanded", f"pass {label}.contiguous()")
+            other = seen.setdefault(tensor.data_ptr(), label)
+            if other != label and not (read_only and other.startswith("grads")):
+                raise fail("adamw_step", label, f"in {other}'s memory", "pass it once, or a clone")
+
+
+def _check_scalar(name: str, scalar: Tensor, least: float, takes: str) -> None:
+    """Raise unless a tensor holds one number; what number it is shows on a CPU alone."""
+    if scalar.numel() != 1:
+        raise fail("adamw_step", name, f"of shape {shape_of(scalar)}", "pass one number")
+    if scalar.is_complex() or scalar.dtype == torch.bool:
+        raise fail("adamw_step", name, scalar.dtype, takes)
+    if plain_eager([scalar]) and scalar.is_cpu and not least <= scalar.item() < math.inf:
+        raise fail("adamw_step", name, scalar.item(), takes)
+
+
 def _check_numbers(
     step: int | Tensor,
     lr: float,
@@ -201,7 +230,9 @@ def _check_numbers(
         is_number("adamw_step", f"betas[{i}]", beta)
         if not 0 <= beta < 1:
             raise fail("adamw_step", f"betas[{i}]", beta, "pass 0 or more, below 1")
-    if not isinstance(grad_scale, Tensor):
+    if isinstance(grad_scale, Tensor):
+        _check_scalar("grad_scale", grad_scale, TINIEST, "pass a number above 0")
+    else:
         is_number("adamw_step", "grad_scale", grad_scale)
         if grad_scale <= 0:
             raise fail("adamw_step", "grad_scale", grad_scale, "pass a number above 0")
@@ -209,11 +240,13 @@ def _check_numbers(
         is_number("adamw_step", "max_norm", max_norm)
     if max_norm is not None and max_norm <= 0:
         raise fail("adamw_step", "max_norm", max_norm, "pass a number above 0, or None")
-    for name, scalar in (("step", step), ("grad_scale", grad_scale)):
-        if isinstance(scalar, Tensor) and scalar.numel() != 1:
-            raise fail("adamw_step", name, f"of shape {shape_of(scalar)}", "pass one number")
-    if not isinstance(step, Tensor) and (not is_whole(step) or step < 1):
-        raise fail("adamw_step", "step", repr(step), "pass 1 for the first step, and so on")
+    first = "pass 1 for the first step, and so on"
+    if isinstance(step, Tensor):
+        _check_scalar("step", step, 1, first)
+    elif not is_whole(step) or step < 1:
+        raise fail("adamw_step", "step", repr(step), first)
+    else:
+        is_number("adamw_step", "step", step)
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -257,10 +290,13 @@ def adamw_step(
     waits for a GPU. No gradient flows through the step. Raises ArgumentError for anything else,
     before any tensor changes. Source: module docstring.
     """
-    owners: Sequence[Tensor | None] = [None] * len(params) if master is None else master
+    none: list[Tensor | None] = [None] * len(params) if isinstance(params, (list, tuple)) else []
+    owners = none if master is None else master
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "master")
     lists: tuple[Sequence[Tensor | None], ...] = (params, grads, exp_avgs, exp_avg_sqs, owners)
     for name, tensors in zip(names, lists, strict=True):
+        if not isinstance(tensors, (list, tuple)):
+            raise fail("adamw_step", name, f"a {type(tensors).__name__}", "pass a list of tensors")
         if len(tensors) != len(params):
             takes = f"params holds {len(params)}"
             raise fail("adamw_step", name, f"a list of {len(tensors)}", takes)
@@ -271,6 +307,8 @@ def adamw_step(
     _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, max_norm)
     if not params:
         return None if max_norm is None else torch.zeros(())
+    if plain_eager(params):
+        _check_memory(names, lists)
     device = params[0].device
     t, scale = _scalar(step, device), 1 / _scalar(grad_scale, device)
     norm = None

@@ -234,6 +234,8 @@ def check_options(
     """Raise unless the options that both losses share are what they take."""
     if not is_whole(ignore_index):
         raise fail(op, "ignore_index", repr(ignore_index), "pass a whole number")
+    if not -(2**63) <= ignore_index < 2**63:  # type: ignore[operator]
+        raise fail(op, "ignore_index", "past int64", "pass a number that a target can hold")
     is_probability(op, "label_smoothing", label_smoothing)
     is_number(op, "z_loss", z_loss)
     if z_loss < 0:
@@ -248,6 +250,8 @@ def check_target(op: str, target: object, name: str, like: Tensor) -> None:
         raise fail(op, "target", type(target).__name__, "pass a torch.Tensor of int64")
     if target.dtype != torch.int64:
         raise fail(op, "target", target.dtype, "pass int64 class numbers (target.long())")
+    if target.layout is not torch.strided or target.is_nested:
+        raise fail(op, "target", "sparse or nested", "pass a dense tensor")
     same_device(op, "target", target, name, like)
     has_shape(op, "target", target, like.shape[:-1], f"{name} without its last dim")
 

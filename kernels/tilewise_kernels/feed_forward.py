@@ -326,7 +326,7 @@ def _block_backward(middle: Middle) -> Callable[..., Gradients]:
         dw2 = rows.t() @ (h if found is None else found) if needs_w2 else None
         del found
         if private and dh.data_ptr() != h.data_ptr():
-            h.untyped_storage().resize_(0)  # autograd holds on to the tensor
+            h.untyped_storage().resize_(0)  # the caller's frames hold on to the tensor
         dx = dh @ w1 if needs_x else None
         dgate = None
         if gate is not None and dg is not None:

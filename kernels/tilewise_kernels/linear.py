@@ -166,6 +166,8 @@ def _check_weight(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None
         raise fail(op, "dtype", dtype, "pass torch.float32, bfloat16, int8 or None")
     if bias is not None:
         is_float_tensor(op, "bias", bias)
+        if bias.dtype == torch.float64:
+            raise fail(op, "bias", bias.dtype, "pass float32, bfloat16 or float16")
         same_device(op, "bias", bias, "weight", weight)
         has_shape(op, "bias", bias, weight.shape[:1], "N")
     if dtype == torch.int8 and not weight.isfinite().all():

@@ -13,9 +13,10 @@ Memory contract: besides inputs and gradients one chunk of logits, M V / 4 eleme
 that is less. float32 and float64 sums of dweight grow in the gradient itself; bfloat16 ones in it
 up to 4 chunks (4 roundings), above that, and float16 ones always, in a float32 [V, K] besides. The
 walk saves dx, dweight and dbias for an upstream gradient of 1; backward multiplies by the real one
-(without a copy where it is 1, on a CPU). float16 keeps them undivided by the number of rows, which
-would take them below its range. reduction="none" saves the inputs instead, since each row has its
-own upstream gradient, and backward walks again, with one more product.
+(without a copy where it is 1, on a CPU, and the graph is not kept). float16 keeps them undivided by
+the number of rows, which would take them below its range. reduction="none" saves the inputs
+instead, since each row has its own upstream gradient, and backward walks again, with one more
+product.
 
 Work for M rows of K features and V classes: 2MVK FLOPs forward and 4MVK backward, and 9MV for the
 loss itself; compute bound.
@@ -44,7 +45,7 @@ from .cross_entropy import (
     reference_in_place,
     reference_losses,
 )
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype, plain_eager
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable
 
 FEWEST_ROWS = 64  # of a chunk: fewer make poor matrix products
 CHUNK_BYTES = 256 << 20
@@ -217,7 +218,6 @@ def _backward(loss: Loss) -> Callable[..., Gradients]:
         smoothing: float,
         z: float,
         dtype: torch.dtype,
-        shared: bool,
         needs: list[bool],
     ) -> Gradients:
         if x is not None and weight is not None and target is not None:  # reduction="none"
@@ -225,7 +225,7 @@ def _backward(loss: Loss) -> Callable[..., Gradients]:
             _, found = _walk_counted(loss, x, weight, bias, target, grad, options, needs)
         else:
             factor = grad * share
-            as_is = shared and factor.is_cpu and factor.item() == 1
+            as_is = disposable() and factor.is_cpu and factor.item() == 1
             saved = zip((dx, dweight, dbias), needs, strict=True)
             found = tuple((d if as_is else d * factor) if need else None for d, need in saved)
         return tuple(None if d is None else d.to(dtype) for d in found)
@@ -273,11 +273,10 @@ def _fake_backward(
 
 
 def _save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """The inputs for reduction="none", else the gradients. The last constant says whether backward
-    may hand them out as they are: a registered op must not return what it was given."""
+    """The inputs for reduction="none", else the gradients."""
     x, weight, bias, target, ignored, smoothing, z, reduction, _ = args
     inputs = (x, weight, bias, target) if reduction == "none" else (None,) * 4
-    return (*inputs, *outputs[1:]), (ignored, smoothing, z, x.dtype, plain_eager(args[:1]))
+    return (*inputs, *outputs[1:]), (ignored, smoothing, z, x.dtype)
 
 
 _TRITON = Loss(lambda *args: cross_entropy_triton.losses(*args)[0], cross_entropy_triton.in_place)
@@ -294,7 +293,7 @@ OP = Op(
     backward_schema=(
         "(Tensor grad, Tensor? x, Tensor? weight, Tensor? bias, Tensor? target, Tensor share,"
         " Tensor dx, Tensor dweight, Tensor dbias, int ignored, float smoothing, float z,"
-        " ScalarType dtype, bool shared) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+        " ScalarType dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
     implementations=[
         Implementation(

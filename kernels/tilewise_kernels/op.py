@@ -136,6 +136,8 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _transform = torch._C._functorch.peek_interpreter_stack
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_unsafe_view = torch.ops.aten._unsafe_view  # a tensor of its own: a view may not change in place
 
 
 def plain_eager(args: Sequence[Any]) -> bool:
@@ -146,6 +148,16 @@ def plain_eager(args: Sequence[Any]) -> bool:
         if type(arg) not in _PLAIN:
             return False
     return forward_ad._current_level < 0 and not args[0].is_meta
+
+
+def _batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether vmap is under way in a backward, e.g. torch.autograd.grad(is_grads_batched=True)."""
+    if _transform() is not None:
+        return True
+    for grad in grads:
+        if grad is not None and _legacy_batched(grad):
+            return True
+    return False
 
 
 def _has_tangents(args: Sequence[object]) -> bool:
@@ -366,6 +378,10 @@ class Op:
         _library.impl(backward_name, backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
         self._registered_backward = getattr(torch.ops.tilewise, backward_name)
+=======
+        registered_backward = getattr(torch.ops.tilewise, backward_name)
+        self._registered_backward = registered_backward
+>>>>>>> 5c469ea (Backward frees what it may overwrite first; outputs change in place; vmap over backward)
 
         def keep(ctx: Any, inputs: Any, output: Any) -> None:
             self._keep(ctx, inputs, output, _forced.implementation(name) or "")
@@ -401,7 +417,10 @@ class Op:
         if all(grad is None for grad in wanted):
             return tuple(result)
         needs = [bool(ctx.needs_input_grad[i]) for i in self.inputs_with_grad]
-        found = run(*wanted, *ctx.saved_tensors, *ctx.constants, needs, ctx.implementation)
+        saved = ctx.saved_tensors
+        if _backward.disposable:  # a retry after an error raises, and does not read what it left
+            ctx.maybe_clear_saved_tensors()
+        found = run(*wanted, *saved, *ctx.constants, needs, ctx.implementation)
         found = found if isinstance(found, (tuple, list)) else (found,)
         for i, need, gradient in zip(self.inputs_with_grad, needs, found, strict=True):
             result[i] = gradient if need else None
@@ -418,12 +437,14 @@ def _eager_function(op: Op) -> Callable[..., Any]:
                     outputs = way.forward(*args)
             else:
                 outputs = way.forward(*args)
+            outputs = tuple(_unsafe_view(y, y.shape) if y._is_view() else y for y in outputs)
             op._keep(ctx, args, outputs, way.name)
             ctx.hooked = _saving_hooks(True) is not None
             return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+<<<<<<< HEAD
             if torch.is_grad_enabled():  # create_graph: the registered op refuses to go further
                 return op._gradients(ctx, grads, op._registered_backward)
             _backward.disposable = not ctx.hooked and not _graph_is_kept()

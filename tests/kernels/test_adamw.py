@@ -303,6 +303,15 @@ def test_no_slower_than_twice_torchs_fused(record_property):
         ({"grad_scale": 0.0}, "grad_scale is 0.0"),
         ({"max_norm": 0.0}, "max_norm is 0.0"),
         ({"max_norm": math.nan}, "max_norm is NaN"),
+        ({"params": None}, "params is a NoneType; pass a list"),
+        ({"grads": torch.ones(1, 3)}, "grads is a Tensor; pass a list"),
+        ({"exp_avgs": [torch.ones(1).expand(3)]}, r"exp_avgs\[0\] is expanded"),
+        ({"step": torch.tensor(0)}, "step is 0"),
+        ({"step": torch.tensor(math.nan)}, "step is nan"),
+        ({"step": torch.tensor(1j)}, "step is torch.complex64"),
+        ({"step": 10**400}, "step is too large"),
+        ({"grad_scale": torch.tensor(0.0)}, "grad_scale is 0.0"),
+        ({"grad_scale": torch.tensor(math.inf)}, "grad_scale is inf"),
     ],
 )
 def test_bad_input_changes_nothing(changes, message):
@@ -312,3 +321,28 @@ def test_bad_input_changes_nothing(changes, message):
     with pytest.raises(ArgumentError, match=f"adamw_step: {message}"):
         adamw_step(**(given | changes))
     assert all(torch.equal(given[name][0], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "at, message",
+    [
+        ((0, 0, 1, 2, 3, 4, 5, 6), r"params\[1\] is in params\[0\]'s memory"),
+        ((0, 1, 2, 3, 4, 5, 4, 6), r"exp_avg_sqs\[0\] is in exp_avgs\[0\]'s memory"),
+        ((0, 1, 2, 1, 3, 4, 5, 6), r"grads\[1\] is in params\[1\]'s memory"),
+    ],
+)
+def test_tensors_that_share_memory_are_refused(at, message):
+    """at: the place in memory of both parameters, both gradients, and so on."""
+    memory = torch.ones(7, 3)
+    lists = [[memory[at[i]], memory[at[i + 1]]] for i in range(0, 8, 2)]
+    with pytest.raises(ArgumentError, match=message):
+        adamw_step(*lists, 1, lr=0.1)
+    assert torch.equal(memory, torch.ones(7, 3))
+
+
+def test_gradients_may_share_memory():
+    memory, grad = torch.ones(6, 3), torch.ones(1).expand(3)
+    adamw_step(
+        memory[:2].unbind(), [grad, grad], memory[2:4].unbind(), memory[4:].unbind(), 1, lr=1
+    )
+    assert torch.equal(memory[::2], memory[1::2])

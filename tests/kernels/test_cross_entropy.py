@@ -260,6 +260,8 @@ def test_a_target_out_of_range(value, way):
         ((X, T[0]), {}, r"target is of shape \[3\]; it must be \[2, 3\]"),
         ((X, T.to("meta")), {}, "target is on meta"),
         ((X, T), {"ignore_index": 1.5}, "ignore_index is 1.5"),
+        ((X, T), {"ignore_index": 2**63}, "ignore_index is past int64"),
+        ((X, T.to_sparse()), {}, "target is sparse"),
         ((X, T), {"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ((X, T), {"label_smoothing": NAN}, "label_smoothing is NaN"),
         ((X, T), {"z_loss": -1.0}, "z_loss is -1.0"),

@@ -192,6 +192,25 @@ def test_tensors_that_a_hook_saw_are_left_alone(way):
     assert all(torch.equal(a, b) for a, b in zip(saved, before, strict=True))
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_a_retry_after_an_error_raises_and_reads_nothing_overwritten(gated, way):
+    """torch frees what a node saved only once the node's hooks have run."""
+    for function, count in ((feed_forward, 5), (linear_act, 3)):
+        leaves = [t.requires_grad_() for t in block(6, K=8, inner=12, N=5).values()]
+        options = {"gate": leaves[5]} if gated and count == 5 else {}
+        y = function(*leaves[:count], **options)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        hook = y.grad_fn.register_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            y.sum().backward()
+        hook.remove()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["plain", "relu", "gated", "dropout", "linear_act"])
 def test_peak_memory_is_no_higher_than_eagers(kind):
     """At the proportions of a model, forward and forward with backward, in the chosen way."""

@@ -395,10 +395,13 @@ def test_bad_x(x, message):
         (normal(3, 4), normal(4), None, "bias is of shape .4.; it must be .3."),
         (normal(3, 4), torch.ones(3, device="meta"), None, "bias is on meta"),
         (normal(3, 4), torch.ones(3).long(), None, "bias is torch.int64"),
+        (normal(3, 4), torch.ones(3).double(), None, "bias is torch.float64"),
         (normal(3, 4) / 0, None, INT8, "weight is not finite"),
         (torch.ones(1, 133_145), None, INT8, "K is 133145; int8 sums hold 133144"),
     ],
-    ids="3-d 1-d K=0 float64 int8 half name bias-shape bias-device bias-dtype inf huge-K".split(),
+    ids=(
+        "3-d 1-d K=0 float64 int8 half name bias-shape bias-device bias-dtype bias-wide inf huge-K"
+    ).split(),
 )
 def test_bad_weight(weight, bias, dtype, message):
     with pytest.raises(ArgumentError, match=f"pack_linear: {message}"):

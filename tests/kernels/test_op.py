@@ -12,7 +12,20 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise_kernels.op as op_module
-from tilewise_kernels import attention, explain, force, record, softmax
+from tilewise_kernels import (
+    attention,
+    explain,
+    feed_forward,
+    force,
+    layer_norm,
+    linear_act,
+    linear_cross_entropy,
+    log_softmax,
+    record,
+    rms_norm,
+    rotary,
+    softmax,
+)
 from tilewise_kernels.attention import OP as ATTENTION
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 from tilewise_kernels.op import Cost, Implementation, Op, plain_eager
@@ -361,6 +374,50 @@ def test_autocast_is_off_inside_an_implementation():
     finally:
         ATTENTION.implementations["reference"] = way
     assert states == [(False, torch.bfloat16)]
+
+
+W, LABELS = torch.ones(6, 4) + torch.arange(4), torch.tensor([2, 0, 5])
+CALLS = {
+    "attention": lambda x: attention(x[None, None], x[None, None], x[None, None]),
+    "feed_forward": lambda x: feed_forward(x, W, None, W.t(), None, gate=W),
+    "layer_norm": lambda x: layer_norm(x, residual=x),
+    "linear_act": lambda x: linear_act(x, W),
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, W, LABELS, reduction="none"),
+    "log_softmax": lambda x: log_softmax(x),
+    "rms_norm": lambda x: rms_norm(x),
+    "rotary": lambda x: rotary(x[None, None], x[None, None], X[:, :2], X[:, 2:])[0],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_over_a_backward_gives_each_gradient_as_alone(name):
+    x = X.clone().requires_grad_()
+    y = CALLS[name](x)
+    upstream = torch.stack([torch.ones_like(y), y.detach(), -y.detach() / 3])
+    alone = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in upstream]
+
+    def gradient(each: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, each, retain_graph=True)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it falls back to a loop
+        torch.testing.assert_close(torch.vmap(gradient)(upstream), torch.stack(alone))
+        (found,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(CALLS) - {"attention", "log_softmax"})
+)  # they save theirs
+def test_outputs_may_change_in_place(name):
+    for way in ("native", "reference"):
+        x = X.clone().requires_grad_()
+        with force(way):
+            expected = 2 * torch.autograd.grad(CALLS[name](x).sum(), x)[0]
+            y = CALLS[name](x)
+        y.mul_(2)
+        y[:1] += 1
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 # ---- cost --------------------------------------------------------------------------------------
