@@ -87,7 +87,7 @@ ACTIVATIONS = {
     ),
     "relu": Activation(
         formula=lambda h: h.clamp(min=0),
-        slope=lambda y: (y > 0).to(y.dtype),
+        slope=lambda y: (~(y <= 0)).to(y.dtype),  # 1 at NaN, as torch's own
         value=torch.relu,
         overwrite=torch.relu_,
         gradient=lambda grad, y: aten.threshold_backward(grad, y, 0),

@@ -170,6 +170,16 @@ def test_nan_stays_nan_and_infinity_passes_relu(way):
         assert ours[0].isnan() and ours[3] == 0
 
 
+def test_a_gradient_passes_relu_where_it_is_nan(way):
+    h = torch.tensor([[float("nan")], [1.0], [0.0]], requires_grad=True)
+    for gate in (None, torch.ones(1, 1)):
+        one = torch.ones(1, 1)
+        y = feed_forward(h, one, None, one, None, activation="relu", gate=gate)
+        (ours,) = torch.autograd.grad(y.sum(), h)
+        (eager,) = torch.autograd.grad((F.relu(h) * (1 if gate is None else h)).sum(), h)
+        assert torch.equal(ours.nan_to_num(7), eager.nan_to_num(7))
+
+
 # ---- layouts and upstream gradients ------------------------------------------------------------
 
 
