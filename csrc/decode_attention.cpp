@@ -15,67 +15,30 @@
 #include "decode_attention.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <new>
 #include <type_traits>
+
+#include "vectors.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kWidth = kLanes<float>;
 constexpr int64_t kChunk = 256;
 constexpr int64_t kAhead = 8;       // positions between a prefetch and the use
-constexpr int64_t kGrain = 1 << 15; // multiply-adds per task, below which a thread costs more
+constexpr int64_t kWork = 1 << 15;  // multiply-adds per task, below which a thread costs more
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-// ---- vectors ----------------------------------------------------------------------------------
-
-template <typename T>
-Vec read(const T* from) {
-  if constexpr (std::is_same_v<T, float>) {
-    return Vec::loadu(from);
-  } else {
-    Vec value;
-    at::vec::load_to_float<T>(from, value);
-    return value;
-  }
-}
-
-// The first `count` lanes; the others are zero.
-template <typename T>
-Vec read(const T* from, int64_t count) {
-  T lanes[kLanes] = {};
-  std::memcpy(lanes, from, count * sizeof(T));
-  return read(lanes);
-}
-
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* data_;
-};
 
 template <typename T>
 void prefetch(const T* from, int64_t count) {
   for (int64_t d = 0; d < count; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
 }
 
-int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+int64_t padded(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth * kWidth; }
 
 // ---- one task ---------------------------------------------------------------------------------
 
@@ -124,9 +87,9 @@ void sum_lanes(const Vec* sums, float* out) {
 // scores[i] = q . keys[i] for four keys.
 template <typename T>
 void dot(const T* q, const T* const* keys, int64_t head_dim, float* scores) {
-  const int64_t whole = head_dim - head_dim % kLanes;
+  const int64_t whole = head_dim - head_dim % kWidth;
   Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for (int64_t d = 0; d < whole; d += kLanes) {
+  for (int64_t d = 0; d < whole; d += kWidth) {
     const Vec query = read(q + d);
     for (int i = 0; i < 4; ++i) sums[i] = at::vec::fmadd(query, read(keys[i] + d), sums[i]);
   }
@@ -193,11 +156,11 @@ void weigh(const float* p, const T* const* values, int64_t count, int64_t d, int
     for (int v = 0; v < V; ++v) sum[j][v] = Vec(0.0f);
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) prefetch(values[i + kAhead] + d, V * kLanes);
+    if (i + kAhead < count) prefetch(values[i + kAhead] + d, V * kWidth);
     Vec value[V];
     for (int v = 0; v < V; ++v) {
-      const T* const from = values[i] + d + v * kLanes;
-      value[v] = v + 1 == V && last < kLanes ? read(from, last) : read(from);
+      const T* const from = values[i] + d + v * kWidth;
+      value[v] = v + 1 == V && last < kWidth ? read(from, last) : read(from);
     }
     for (int j = 0; j < Q; ++j) {
       const Vec weight(p[j * kChunk + i]);
@@ -205,7 +168,7 @@ void weigh(const float* p, const T* const* values, int64_t count, int64_t d, int
     }
   }
   for (int j = 0; j < Q; ++j) {
-    for (int v = 0; v < V; ++v) sum[j][v].store(acc + j * stride + d + v * kLanes);
+    for (int v = 0; v < V; ++v) sum[j][v].store(acc + j * stride + d + v * kWidth);
   }
 }
 
@@ -213,11 +176,11 @@ template <int Q, typename T>
 void weigh(const float* p, const T* const* values, int64_t count, int64_t head_dim, float* acc,
            int64_t stride) {
   int64_t d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
-    weigh<Q, 4>(p, values, count, d, kLanes, acc, stride);
+  for (; d + 4 * kWidth <= head_dim; d += 4 * kWidth) {
+    weigh<Q, 4>(p, values, count, d, kWidth, acc, stride);
   }
-  for (; d < head_dim; d += kLanes) {
-    weigh<Q, 1>(p, values, count, d, std::min(kLanes, head_dim - d), acc, stride);
+  for (; d < head_dim; d += kWidth) {
+    weigh<Q, 1>(p, values, count, d, std::min(kWidth, head_dim - d), acc, stride);
   }
 }
 
@@ -250,19 +213,19 @@ Weights soften(const DecodeAttention& args, int64_t row, int64_t head, int64_t q
                               head * args.bias_stride[1] + query * args.bias_stride[2];
     for (int64_t i = 0; i < count; ++i) s[i] += bias[(begin + i) * args.bias_stride[3]];
   }
-  const int64_t size = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t size = (count + kWidth - 1) / kWidth * kWidth;
   const int64_t hidden = std::clamp(first - begin, int64_t{0}, count);
   const int64_t seen = std::clamp(at + 1 - begin, int64_t{0}, count);
   std::fill(s, s + hidden, kLowest);
   std::fill(s + seen, s + size, kLowest);
 
   Vec top(kLowest);
-  for (int64_t i = 0; i < size; i += kLanes) top = at::vec::clamp_min(top, Vec::loadu(s + i));
+  for (int64_t i = 0; i < size; i += kWidth) top = at::vec::clamp_min(top, Vec::loadu(s + i));
   const float peak = at::vec::vec_reduce_all(
       [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); }, top);
   const Vec origin(peak == kLowest ? 0.0f : peak);
   Vec sum(0.0f);
-  for (int64_t i = 0; i < size; i += kLanes) {
+  for (int64_t i = 0; i < size; i += kWidth) {
     const Vec p = (Vec::loadu(s + i) - origin).exp();
     p.store(s + i);
     sum = sum + p;
@@ -271,7 +234,7 @@ Weights soften(const DecodeAttention& args, int64_t row, int64_t head, int64_t q
 }
 
 // What a task leaves for one query: acc [padded(D)], then peak and total.
-int64_t partial_size(const DecodeAttention& args) { return padded(args.head_dim) + kLanes; }
+int64_t partial_size(const DecodeAttention& args) { return padded(args.head_dim) + kWidth; }
 
 template <typename T>
 void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chunk, float* scores,
@@ -338,11 +301,11 @@ void decode(const DecodeAttention& args) {
   const int64_t chunks = (args.longest + kChunk - 1) / kChunk;
   const int64_t step = shared * partial_size(args);  // of one task
   const int64_t pairs = args.rows * args.kv_heads;
-  Buffer partials(pairs * chunks * step);
+  RowBuffer<float> partials(pairs * chunks * step);
 
   const int64_t work = 2 * shared * args.head_dim * std::min(args.longest, kChunk);
-  at::parallel_for(0, pairs * chunks, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    Buffer scores(shared * kChunk);
+  at::parallel_for(0, pairs * chunks, kWork / work + 1, [&](int64_t begin, int64_t end) {
+    RowBuffer<float> scores(shared * kChunk);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % args.kv_heads, chunk = task / args.kv_heads % chunks;
       const int64_t row = task / args.kv_heads / chunks;
@@ -351,8 +314,8 @@ void decode(const DecodeAttention& args) {
     }
   });
   const int64_t each = args.head_dim * (chunks + 1);
-  at::parallel_for(0, pairs * shared, kGrain / each + 1, [&](int64_t begin, int64_t end) {
-    Buffer acc(width);
+  at::parallel_for(0, pairs * shared, kWork / each + 1, [&](int64_t begin, int64_t end) {
+    RowBuffer<float> acc(width);
     for (int64_t i = begin; i < end; ++i) {
       const float* const first =
           partials.data() + i / shared * chunks * step + i % shared * partial_size(args);
