@@ -81,15 +81,27 @@ def _cached(cache: Tensor, beam_index: Tensor | None, block_table: Tensor | None
 def _uncached(
     grad: Tensor, cache: Tensor, beam_index: Tensor | None, block_table: Tensor | None
 ) -> Tensor:
-    """The transpose of _cached: gradients [R, Hkv, T, D] added up where each position was read."""
+    """The transpose of _cached: gradients [R, Hkv, T, D] added up where each position was read.
+
+    Each sum has one order. On a GPU index_put_ sorts what it accumulates; on a CPU its threads
+    race, so rows, which name a position once each, come one by one, and index_add_ is serial.
+    """
     total = torch.zeros(cache.shape, dtype=grad.dtype, device=grad.device)
     if block_table is not None:
-        paged = grad.unflatten(2, (-1, cache.shape[2])).transpose(1, 2)
-        total.index_put_((block_table.long(),), paged, accumulate=True)
+        pages = block_table.long().flatten()
+        paged = grad.unflatten(2, (-1, cache.shape[2])).transpose(1, 2).flatten(0, 1)
+        if grad.is_cpu:
+            total.index_add_(0, pages, paged)
+        else:
+            total.index_put_((pages,), paged, accumulate=True)
     elif beam_index is not None:
         positions = torch.arange(beam_index.shape[1], device=grad.device)
-        at = (beam_index.long(), positions)
-        total.transpose(1, 2).index_put_(at, grad.transpose(1, 2), accumulate=True)
+        into, found = total.transpose(1, 2), grad.transpose(1, 2)
+        if grad.is_cpu:
+            for row, at in enumerate(beam_index.long()):
+                into.index_put_((at, positions), found[row], accumulate=True)
+        else:
+            into.index_put_((beam_index.long(), positions), found, accumulate=True)
     else:
         total = grad
     return total.to(cache.dtype)

@@ -180,6 +180,33 @@ def test_stale_positions_never_leak(how, poison):
         assert (dirty[name].movedim(1, 2)[stale] == 0).all()
 
 
+@pytest.mark.parametrize("table", ["beam_index", "block_table"])
+def test_gradients_of_what_many_rows_read_repeat_bit_for_bit(table):
+    """Every row reads one ancestor, or one page twice: the sums have one order."""
+    rows, t = 8, 256
+    shared = {
+        "beam_index": torch.zeros(rows, t, dtype=torch.int32),
+        "block_table": torch.tensor([[0, 1, 0, 2]] * rows, dtype=torch.int32),
+    }[table]
+    page = t if table == "beam_index" else t // shared.shape[1]
+    q, lengths = normal(rows, 8, 1, 64), torch.full((rows,), t)
+    caches = [normal(rows, 8, page, 64, seed=seed).requires_grad_() for seed in (1, 2)]
+    grad = normal(rows, 8, 1, 64, seed=3)
+
+    def gradients() -> list[Tensor]:
+        out = decode_attention(q, *caches, lengths, **{table: shared})
+        return list(torch.autograd.grad(out, caches, grad))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(25):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_rows_of_length_zero_give_zero_and_take_no_gradient():
     case = call(2, 2, 1, 2, 5, 8, [0, 1])  # row 1's first query has no key either
     found = run(decode_attention, torch.float32, case, torch.full_like(case["q"], 1e4))
