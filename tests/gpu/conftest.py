@@ -6,6 +6,7 @@ kernels in its interpreter. A rehearsal finds mistakes in the tests and proves n
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,36 @@ if REHEARSAL:
 
 Tensors = dict[str, Tensor]
 Call = Callable[[Tensors], Tensor]
+
+
+# -- order ---------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """TILEWISE_GPU_TEST_HAND=0/12: the first of twelve hands, the most telling tests on top."""
+    if hand := os.environ.get("TILEWISE_GPU_TEST_HAND"):
+        first, step = map(int, hand.split("/"))
+        items[:] = by_worth(items)[first::step]
+
+
+def by_worth(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Each function once per dtype, accuracy first; then the contract; then second runs, ..."""
+    groups: dict[tuple[Any, ...], list[pytest.Item]] = {}
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        dtype = given.get("dtype", getattr(given.get("case"), "dtype", None))
+        groups.setdefault((item.path, item.name.split("[")[0], dtype), []).append(item)
+    worth = {}
+    for (path, name, _), members in groups.items():
+        middle = len(members) // 2  # lists of sizes begin with the smallest
+        for turn, item in enumerate(members[middle:] + members[:middle]):
+            contract = path.stem == "test_contract"
+            worth[item] = (0.5 if contract else turn, "accuracy" not in name)
+    return sorted(items, key=lambda item: worth[item])
+
+
+# -- fixtures ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", autouse=True)

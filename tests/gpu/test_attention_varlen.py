@@ -49,7 +49,7 @@ def eager(t: Tensors, lengths: list[int], causal=False, window=None, softcap=Non
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
-@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("D", [40, 128])
 @pytest.mark.parametrize(
     "options", [{"causal": True}, {}, {"causal": True, "window": (100, None), "softcap": 20.0}]
 )

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from tilewise_kernels import (
     attention,
+    attention_varlen,
     cross_entropy,
     decode_attention,
     explain,
     feed_forward,
-    force,
     layer_norm,
     linear_act,
     linear_cross_entropy,
     log_softmax,
+    log_softmax_topk,
+    rms_norm,
     rotary,
     softmax,
 )
@@ -34,11 +36,14 @@ Sample = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 OPS = (
     "softmax",
     "log_softmax",
+    "log_softmax_topk",
     "cross_entropy",
     "linear_cross_entropy",
     "attention",
+    "attention_varlen",
     "decode_attention",
     "layer_norm",
+    "rms_norm",
     "linear_act",
     "feed_forward",
     "rotary",
@@ -47,11 +52,14 @@ OPS = (
 EXPECTED = {
     "softmax": "native",
     "log_softmax": "triton",
+    "log_softmax_topk": "triton",
     "cross_entropy": "triton",
     "linear_cross_entropy": "triton",
     "attention": "triton",
+    "attention_varlen": "triton",
     "decode_attention": "reference",
     "layer_norm": "triton",
+    "rms_norm": "triton",
     "linear_act": None,
     "feed_forward": None,
     "rotary": "triton",
@@ -70,6 +78,8 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
             return softmax, {"x": normal(2, 3, s, s)}, {"causal": True, "scale": 0.5}
         if op == "log_softmax":
             return log_softmax, {"x": normal(2, 3, s, s)}, {}
+        if op == "log_softmax_topk":
+            return best, {"x": normal(3, 40 * s)}, {"k": 4}
         if op == "cross_entropy":
             options = {"target": torch.arange(rows, device=device) % wide, "reduction": "none"}
             return cross_entropy, {"logits": normal(rows, wide)}, options
@@ -82,6 +92,11 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
             lengths = torch.tensor([s, s // 2], device=device)
             options = {"causal": True, "key_lengths": lengths}
             return attention, {"q": q, "k": kv[0], "v": kv[1]}, options
+        if op == "attention_varlen":
+            ends = torch.tensor([0, s, s + 1, 2 * s], dtype=torch.int32, device=device)
+            options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "causal": True}
+            q, kv = normal(2 * s, 4, 64), normal(2, 2 * s, 2, 64)
+            return attention_varlen, {"q": q, "k": kv[0], "v": kv[1]}, options
         if op == "decode_attention":
             caches = {"k_cache": normal(3, 2, s, 64), "v_cache": normal(3, 2, s, 64)}
             beams = torch.tensor([[1], [0], [0]], dtype=torch.int32, device=device).expand(3, s)
@@ -91,6 +106,9 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
         if op == "layer_norm":
             tensors = {"x": normal(rows, wide), "residual": normal(rows, wide)}
             return layer_norm, tensors | {"weight": normal(wide), "bias": normal(wide)}, {}
+        if op == "rms_norm":
+            tensors = {"x": normal(rows, wide), "residual": normal(rows, wide)}
+            return rms_norm, tensors | {"weight": normal(wide)}, {}
         if op == "rotary":
             angles = draw(2, s, 32)
             options = {"cos": angles.cos(), "sin": angles.sin()}
@@ -109,14 +127,21 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(rotary(q, k, cos, sin), 1)
 
 
+def best(x: Tensor, k: int) -> Tensor:
+    """The scores of log_softmax_topk, which have no gradient."""
+    return log_softmax_topk(x, k)[0]
+
+
 def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
 
 
 def everything(function: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict) -> list:
-    """The output and the gradients of its sum, weighted by cosines."""
+    """The output and the gradients, where it has any, of its sum weighted by cosines."""
     leaves = trained(tensors)
     y = function(**leaves, **options)
+    if not y.requires_grad:
+        return [y]
     weights = torch.arange(y.numel(), device=y.device).cos().view(y.shape).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weights)]
 
@@ -218,11 +243,9 @@ def test_graph_capture_and_replay(op: str, sample, gpu_only) -> None:
 def test_graph_of_a_training_step(op: str, sample, gpu_only) -> None:
     gpu_only("CUDA graphs")
     function, tensors, options = sample(op)
-    leaves = trained(tensors)
 
     def step() -> list[Tensor]:
-        y = function(**leaves, **options)
-        return [y, *torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))]
+        return everything(function, tensors, options)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -254,7 +277,7 @@ def test_autocast(op: str, sample, device, pick) -> None:
     dtype = pick(BF16, HALF)
     with torch.autocast(device.type, dtype=dtype):
         y, *grads = everything(function, tensors, options)
-    wide = op in ("softmax", "layer_norm", "log_softmax", "cross_entropy")
+    wide = op in ("softmax", "layer_norm", "rms_norm", "cross_entropy") or "log_softmax" in op
     assert y.dtype == (FLOAT if wide or op == "linear_cross_entropy" else dtype)
     assert all(grad.dtype == FLOAT for grad in grads)
     expected = everything(function, tensors, options)
@@ -285,7 +308,10 @@ def test_empty_inputs_launch_nothing(op: str, sample) -> None:
     if op in ("attention", "decode_attention", "rotary"):
         tensors = {name: t[:0] for name, t in tensors.items()}
         options = {n: o[:0] if isinstance(o, Tensor) else o for n, o in options.items()}
-    elif op == "layer_norm":
+    elif op == "attention_varlen":
+        tensors = {name: t[:0] for name, t in tensors.items()}
+        options = {n: o * 0 if isinstance(o, Tensor) else o for n, o in options.items()}
+    elif op in ("layer_norm", "rms_norm"):
         tensors = tensors | {"x": tensors["x"][:0], "residual": tensors["residual"][:0]}
     else:
         tensors = tensors | {first: tensors[first][:0]}
@@ -315,13 +341,13 @@ def test_decode_accuracy(group: int, dtype: torch.dtype, normal, accurate, devic
     accurate(ours, eager, inputs)
 
 
-def test_the_second_gpu_without_set_device(normal, gpu_only) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_the_second_gpu_without_set_device(op: str, sample, gpu_only) -> None:
     """Tensors on a GPU that is not the current one."""
     gpu_only("second GPU")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    x = normal(33, 512)
-    with force("triton"):
-        expected = layer_norm(x)
-        assert torch.equal(layer_norm(x.to("cuda:1")).to(x.device), expected)
-    assert torch.equal(softmax(x.to("cuda:1")).to(x.device), softmax(x))
+    function, tensors, options = sample(op)
+    there = {n: t.to("cuda:1") if isinstance(t, Tensor) else t for n, t in options.items()}
+    y = function(**{n: t.to("cuda:1") for n, t in tensors.items()}, **there)
+    assert torch.equal(y.cpu(), function(**tensors, **options).cpu())

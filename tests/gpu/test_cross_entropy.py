@@ -27,7 +27,7 @@ def labels(logits: Tensor) -> Tensor:
     return target
 
 
-@pytest.mark.parametrize("columns", [1, 31, 1000, 4096, 4097, 32000, 131072])
+@pytest.mark.parametrize("columns", [1, 1000, 4097, 131072])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_accuracy(columns, dtype, smoothing, accurate, normal, pick) -> None:

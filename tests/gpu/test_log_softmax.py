@@ -49,8 +49,8 @@ def test_strides_and_gradients_of_stride_0(normal) -> None:
         assert torch.equal(torch.autograd.grad(z, leaf, torch.ones_like(z))[0], dx)
 
 
-@pytest.mark.parametrize("columns", [7, 2048, 2049, 50257, 128256])
-@pytest.mark.parametrize("k", [1, 2, 8, 64])
+@pytest.mark.parametrize("columns", [7, 2049, 50257, 128256])
+@pytest.mark.parametrize("k", [1, 8, 64])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_topk(columns: int, k: int, dtype: torch.dtype, normal, pick) -> None:
     dtype, columns = pick(dtype, FLOAT), pick(columns, min(columns, 5000))

@@ -34,7 +34,7 @@ def eager(t: Tensors) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], t.get("weight"), EPS)
 
 
-@pytest.mark.parametrize("columns", [1, 40, 250, 768, 1024, 4097, 8192, 16384])
+@pytest.mark.parametrize("columns", [1, 40, 768, 4097, 8192, 16384])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
 def test_accuracy(columns: int, dtype: torch.dtype, accurate, normal, pick) -> None:
     dtype = pick(dtype, HALF if dtype == BF16 else dtype)

@@ -33,7 +33,7 @@ def eager(t: dict[str, Tensor], cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
-@pytest.mark.parametrize("D, R", [(64, 64), (128, 128), (80, 20), (59, 38), (256, 256)])
+@pytest.mark.parametrize("D, R", [(128, 128), (80, 20), (59, 38), (256, 256)])
 def test_accuracy(D: int, R: int, dtype, interleaved, accurate, normal, pick) -> None:
     S, dtype = pick(517, 9), pick(dtype, HALF if dtype == BF16 else dtype)
     inputs = {"q": normal(2, 5, S, D, dtype=dtype), "k": normal(2, 2, S, D, dtype=dtype)}
