@@ -19,10 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gpu import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +71,7 @@ def nvidia_smi(*fields: str) -> list[str]:
 
 PACKAGES = (
     "torch triton numpy safetensors tokenizers huggingface_hub click tqdm transformers pytest "
-    "xdist ninja flash_attn xformers liger_kernel"
+    "ninja flash_attn xformers liger_kernel"
 ).split()
 
 
@@ -181,28 +183,56 @@ def compile_kernels(run: Run) -> None:
 
 # -- tests ---------------------------------------------------------------------------------------
 
-VERDICT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)")
+VERDICT = re.compile(r"(tests/gpu/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*%\]")
+INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
 
 
 def tests(run: Run) -> None:
-    """Every test marked gpu, several at a time where pytest-xdist is there."""
+    """Every test marked gpu, the most telling first, dealt out to several processes."""
     if importlib.util.find_spec("pytest") is None:
         raise SystemExit("skipped: this python has no pytest")
+    cores = os.cpu_count() or 1
+    hands = min(12, cores - cores // 4)  # most of a test's time is Triton compiling on one core
+    processes = [start_tests(hand, hands) for hand in range(hands)]
+    with ThreadPoolExecutor(hands) as pool:
+        said = [pool.submit(follow_tests, run, process) for process in processes]
+        wait(said, timeout=max(1, run.left - 15))  # so that pytest still shows what failed
+        late = [process for process in processes if process.poll() is None]
+        for process in late:
+            process.send_signal(signal.SIGINT)
+        for words in said:
+            print(words.result(), end="")
+    codes = {process.wait() for process in processes}
+    failed = any(row["verdict"] in ("FAILED", "ERROR") for row in run.read("test"))
+    if failed or codes - {0, NO_TESTS} - ({INTERRUPTED} if late else set()):
+        raise SystemExit(f"tests failed; pytest's exit codes: {sorted(codes)}")
+    if late:
+        raise SystemExit(STOPPED)
+
+
+def start_tests(hand: int, hands: int) -> subprocess.Popen[str]:
+    """pytest over every hands-th test, in the order that tests/gpu/conftest.py gives them."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "--tb=short"]
     command += ["-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist") is not None and not run.dry_run:
-        command += ["-n", str(min(8, (os.cpu_count() or 2) // 2)), "--dist", "worksteal"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGALRM, lambda *_: process.send_signal(signal.SIGINT))
-    signal.alarm(max(1, int(run.left - 10)))  # so that pytest still shows what failed until then
+    given = {"TILEWISE_GPU_TEST_HAND": f"{hand}/{hands}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | given, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def follow_tests(run: Run, process: subprocess.Popen[str]) -> str:
+    """Emit each verdict as it comes; what else pytest says, for the end."""
     assert process.stdout is not None
+    words = []
     for line in process.stdout:
-        verdict, name = VERDICT.search(line), re.search(r"tests/gpu/\S+::.+?(?= [A-Z]{5,}|$)", line)
-        if verdict and name and "%]" in line:  # a line of progress
-            run.emit("test", name=name[0].strip(), verdict=verdict[0])
-        if verdict is None or verdict[0] != "PASSED":
-            print(line, end="")
-    raise SystemExit(process.wait())
+        if found := VERDICT.match(line):
+            run.emit("test", name=found[1], verdict=found[2])
+        if found is None:
+            words.append(line)
+        elif found[2] in ("FAILED", "ERROR"):
+            print(line, end="", flush=True)
+    return "".join(words)
 
 
 # -- bench ---------------------------------------------------------------------------------------
