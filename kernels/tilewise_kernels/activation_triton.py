@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dropout
-from .configs import ACTIVATION_BLOCK
+from .configs import ACTIVATION
 from .dropout import kept_at, mixed_rows
 from .launch import Compilation, Launch
 from .lazy_triton import jit, load
@@ -107,13 +107,14 @@ def backward_kernel(
 
 
 def _launch(kernel, h: Tensor, seed: Tensor | None, activation: str, p: float, pointers) -> Launch:
+    block, warps = ACTIVATION["forward" if kernel is forward_kernel else "backward"]
     arguments = pointers | {
         "h_ptr": h, "seed_ptr": seed, "size": h.numel(), "F": h.shape[-1],
         "threshold": dropout.threshold(p), "scale": dropout.scale(p),
-        "ACTIVATION": activation, "BLOCK": ACTIVATION_BLOCK,
+        "ACTIVATION": activation, "BLOCK": block,
     }  # fmt: skip
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    return Launch(kernel, (-(-h.numel() // ACTIVATION_BLOCK),), arguments, options)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return Launch(kernel, (-(-h.numel() // block),), arguments, options)
 
 
 def forward(

@@ -223,6 +223,8 @@ DECODE: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "float32": {32: (64, 4, 3, 4), 64: (32, 4, 3, 4), 128: (32, 8, 2, 4), 256: (16, 8, 2, 3)},
 }
 DECODE_INTERPRETED = (32, 4, 1, 2)
+# of the kernel that adds up the splits of a query: splits of a step, warps
+DECODE_COMBINE = (16, 4)
 
 
 def decode_config(capability: int, dtype: torch.dtype, head_dim: int, queries: int) -> DecodeConfig:
@@ -321,7 +323,8 @@ ADAMW_BLOCK = 1024  # elements of a program
 
 # -- between two products ------------------------------------------------------------------------
 
-ACTIVATION_BLOCK = 1024  # elements of a program
+# kernel -> elements and warps of a program
+ACTIVATION = {"forward": (1024, 4), "backward": (1024, 4)}
 
 
 # -- rotary --------------------------------------------------------------------------------------
@@ -335,8 +338,53 @@ class RotaryConfig(NamedTuple):
     num_warps: int
 
 
-def rotary_config(tokens: int, width: int) -> RotaryConfig:
-    """The tile for sequences of `tokens` and rows of `width` columns: at most 4096 elements, so
-    that a thread holds 32 of them."""
-    most = max(1, 1 << (4096 // width).bit_length() - 1)
-    return RotaryConfig(min(most, 1 << max(tokens - 1, 0).bit_length()), 4, 4)
+# whether pairs lie side by side -> elements of a tile at most (a thread then holds 32 of them),
+# heads, warps
+ROTARY = {False: (4096, 4, 4), True: (4096, 4, 4)}
+
+
+def rotary_config(tokens: int, width: int, interleaved: bool) -> RotaryConfig:
+    """The tile for sequences of `tokens` and rows of `width` columns."""
+    elements, heads, warps = ROTARY[interleaved]
+    most = max(1, 1 << (elements // width).bit_length() - 1)
+    return RotaryConfig(min(most, 1 << max(tokens - 1, 0).bit_length()), heads, warps)
+
+
+# -- log_softmax, cross_entropy ------------------------------------------------------------------
+
+
+class WalkConfig(NamedTuple):
+    """Rows of a tile, columns of a step along them, and warps."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+
+
+# (kernel, whether a row needs several steps) -> elements of a tile, warps. Rows that fit a tile
+# share it.
+WALK = {
+    ("log_softmax forward", False): (2048, 4),
+    ("log_softmax forward", True): (4096, 8),
+    ("log_softmax backward", False): (2048, 4),
+    ("log_softmax backward", True): (4096, 8),
+    ("cross_entropy losses", False): (2048, 4),
+    ("cross_entropy losses", True): (4096, 8),
+    ("cross_entropy dlogits", False): (2048, 4),
+    ("cross_entropy dlogits", True): (4096, 8),
+}
+
+
+def walk_config(kernel: str, columns: int) -> WalkConfig:
+    """The tile of a kernel that walks along whole rows of `columns` elements."""
+    width = max(16, 1 << (columns - 1).bit_length())
+    elements, warps = WALK[kernel, False]
+    if width <= elements:
+        return WalkConfig(elements // width, width, warps)
+    elements, warps = WALK[kernel, True]
+    return WalkConfig(1, min(width, elements), warps)
+
+
+# The k largest of rows that are cut into pieces. Of a piece: columns at least, warps (twice as
+# many for larger ones); of the kernel that joins the pieces: their most, warps.
+TOPK = {"piece": (2048, 4), "join": (64, 4)}

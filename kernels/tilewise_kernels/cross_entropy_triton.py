@@ -94,7 +94,7 @@ def losses_launch(
     rows: Tensor, target: Tensor, losses: Tensor, statistics: Tensor, *options: Any
 ) -> Launch:
     """Launch that fills losses and statistics; options: ignored, smoothing, z."""
-    programs, constants, launch_options = tile(*rows.shape)
+    programs, constants, launch_options = tile("cross_entropy losses", *rows.shape)
     tensors = {"logits_ptr": rows, "target_ptr": target, "losses_ptr": losses}
     arguments = {**tensors, "statistics_ptr": statistics, **_numbers(rows, options)}
     smooth = {"SMOOTH": options[1] != 0}
@@ -110,7 +110,7 @@ def dlogits_launch(
     *options: Any,
 ) -> Launch:
     """Launch that fills dlogits, contiguous; options: ignored, smoothing, z."""
-    programs, constants, launch_options = tile(*rows.shape)
+    programs, constants, launch_options = tile("cross_entropy dlogits", *rows.shape)
     tensors = {"logits_ptr": rows, "target_ptr": target, "statistics_ptr": statistics}
     tensors |= {"weight_ptr": weight, "dlogits_ptr": dlogits}
     stride = {"stride_weight": weight.stride(0) if weight.dim() else 0}

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .configs import decode_config
+from .configs import DECODE_COMBINE, decode_config
 from .launch import Compilation, Launch, architecture
 from .lazy_triton import jit, load
 
@@ -279,11 +279,12 @@ def split_launch(call: Call, out: Tensor, part: Tensor | None, lse: Tensor | Non
 def combine_launch(part: Tensor, lse: Tensor, out: Tensor) -> Launch:
     """Launch that fills out from part and lse."""
     pairs, splits, M, D = part.shape
+    step, warps = DECODE_COMBINE
     arguments = {
         "part_ptr": part, "lse_ptr": lse, "out_ptr": out, "M": M, "splits": splits,
-        "D": D, "BLOCK_D": padded(D), "BLOCK_S": 16,
+        "D": D, "BLOCK_D": padded(D), "BLOCK_S": step,
     }  # fmt: skip
-    return Launch(combine_kernel, (pairs * M,), arguments, {"num_warps": 4, "num_stages": 1})
+    return Launch(combine_kernel, (pairs * M,), arguments, {"num_warps": warps, "num_stages": 1})
 
 
 def capacity_of(call: Call) -> int:

@@ -22,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configs import TOPK, walk_config
 from .launch import Compilation, Launch
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
 
-BLOCK = 4096  # columns of a step of the walk
-PIECE = 2048  # columns of one top-k program, at least
-MOST_PIECES = 64
 MOST_CANDIDATES = 4096  # that the second top-k kernel holds
 
 # -- kernels -------------------------------------------------------------------------------------
@@ -165,18 +163,18 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def tile(M: int, V: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+def tile(kernel: str, M: int, V: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Programs, constexpr arguments and options of a kernel that walks whole rows of [M, V]."""
-    block = min(BLOCK, max(16, 1 << (V - 1).bit_length()))
-    rows = max(1, 2048 // block)
-    options = {"num_warps": 8 if block * rows > 2048 else 4, "enable_fp_fusion": True}
-    return -(-M // rows), {"ROWS": rows, "BLOCK": block}, options
+    config = walk_config(kernel, V)
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    constants = {"ROWS": config.rows, "BLOCK": config.block_n}
+    return -(-M // config.rows), constants, options
 
 
 def forward_launch(x: Tensor, y: Tensor) -> Launch:
     """Launch that fills y [M, V]; x [M, V] has column stride 1."""
     M, V = x.shape
-    programs, constants, options = tile(M, V)
+    programs, constants, options = tile("log_softmax forward", M, V)
     sizes = {"M": M, "V": V, "stride_row": x.stride(0)}
     arguments = {"x_ptr": x, "y_ptr": y, **sizes, **constants}
     return Launch(forward_kernel, (programs,), arguments, options)
@@ -185,7 +183,7 @@ def forward_launch(x: Tensor, y: Tensor) -> Launch:
 def backward_launch(grad: Tensor, y: Tensor, dx: Tensor) -> Launch:
     """Launch that fills dx [M, V]; grad [M, V] has column stride 1, y is contiguous."""
     M, V = y.shape
-    programs, constants, options = tile(M, V)
+    programs, constants, options = tile("log_softmax backward", M, V)
     sizes = {"M": M, "V": V, "stride_grad": grad.stride(0)}
     arguments = {"grad_ptr": grad, "y_ptr": y, "dx_ptr": dx, **sizes, **constants}
     return Launch(backward_kernel, (programs,), arguments, options)
@@ -201,17 +199,19 @@ def topk_launches(x: Tensor, k: int, scores: Tensor, ids: Tensor) -> Iterator[La
     tops, totals = (scores.new_empty(M, pieces) for _ in range(2))
     between = {"values_ptr": values, "tops_ptr": tops, "totals_ptr": totals, "pieces": pieces}
     first = {"x_ptr": x, "ids_ptr": piece_ids, "V": V, "stride_row": x.stride(0), "PIECE": piece}
-    options = {"num_warps": 4 if piece <= 2048 else 8, "enable_fp_fusion": True}
+    least, warps = TOPK["piece"]
+    options = {"num_warps": warps if piece <= least else 2 * warps, "enable_fp_fusion": True}
     yield Launch(piece_kernel, (M * pieces,), between | first | {"K": k}, options)
     second = {"piece_ids_ptr": piece_ids, "scores_ptr": scores, "ids_ptr": ids, "V": V, "K": k}
     second |= {"PIECES": _padded(pieces), "CANDIDATES": _padded(pieces * k)}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options = {"num_warps": TOPK["join"][1], "enable_fp_fusion": True}
     yield Launch(combine_kernel, (M,), between | second, options)
 
 
 def piece_of(V: int) -> int:
-    """Columns of a piece: a power of two, at most MOST_PIECES of them to a row."""
-    return max(min(PIECE, _padded(V)), _padded(-(-V // MOST_PIECES)))
+    """Columns of a piece: a power of two, and a row has no more of them than the table says."""
+    least, most = TOPK["piece"][0], TOPK["join"][0]
+    return max(min(least, _padded(V)), _padded(-(-V // most)))
 
 
 def _padded(length: int) -> int:

@@ -124,7 +124,7 @@ def rotary_launch(
     """Launch that fills `outputs`; q, k and outputs have column stride 1, cos and sin 3 dims."""
     (B, q_heads, S, D), half = q.shape, cos.shape[-1]
     block, rest = max(_padded(half), 1), _padded(D - 2 * half)
-    config = rotary_config(S, 2 * block + rest)
+    config = rotary_config(S, 2 * block + rest, interleaved)
     cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
     arguments = {
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin,
