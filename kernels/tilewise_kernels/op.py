@@ -379,8 +379,6 @@ class Op:
         torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
         self._registered_backward = getattr(torch.ops.tilewise, backward_name)
 =======
-        registered_backward = getattr(torch.ops.tilewise, backward_name)
-        self._registered_backward = registered_backward
 >>>>>>> 5c469ea (Backward frees what it may overwrite first; outputs change in place; vmap over backward)
 
         def keep(ctx: Any, inputs: Any, output: Any) -> None:
