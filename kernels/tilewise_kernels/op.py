@@ -378,8 +378,6 @@ class Op:
         _library.impl(backward_name, backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tilewise::{backward_name}", fake_backward, lib=_library)
         self._registered_backward = getattr(torch.ops.tilewise, backward_name)
-=======
->>>>>>> 5c469ea (Backward frees what it may overwrite first; outputs change in place; vmap over backward)
 
         def keep(ctx: Any, inputs: Any, output: Any) -> None:
             self._keep(ctx, inputs, output, _forced.implementation(name) or "")
@@ -442,8 +440,8 @@ def _eager_function(op: Op) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-<<<<<<< HEAD
-            if torch.is_grad_enabled():  # create_graph: the registered op refuses to go further
+            # create_graph: the registered op refuses to go further; vmap wants it registered
+            if torch.is_grad_enabled() or _batched(grads):
                 return op._gradients(ctx, grads, op._registered_backward)
             _backward.disposable = not ctx.hooked and not _graph_is_kept()
             try:
