@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -147,6 +148,11 @@ def compile_job(index: int) -> dict[str, Any]:
     return row | {"shared": kernel.metadata.shared, "seconds": time.monotonic() - start}
 
 
+def add_jobs(knob: Any, values: tuple[int, ...]) -> None:
+    for launch in knob.at(values, "meta"):
+        JOBS.append((knob.title, str(values), launch))
+
+
 def compile_kernels(run: Run) -> None:
     """Warm Triton's cache on all CPU cores: the tables, what the benches launch, the candidates."""
     import aot  # before gpu_sweeps: it turns the interpreter off
@@ -160,12 +166,13 @@ def compile_kernels(run: Run) -> None:
         JOBS.append((title, "entry", launch))
     swept = list(gpu_sweeps.knobs(capability, dry_run=False))
     for knob in swept:
-        JOBS.append((knob.title, str(knob.entry), knob.at(knob.entry, "meta")))
+        add_jobs(knob, knob.entry)
     for name in aot.MODULES:
         for case in importlib.import_module(name).compilations(capability):
             JOBS.append((case.name, case.configuration, case.launch))
     for knob in swept:
-        JOBS.extend((knob.title, str(c), knob.at(c, "meta")) for c in knob.candidates)
+        for candidate in knob.candidates:
+            add_jobs(knob, candidate)
     if run.dry_run:
         print(f"{len(JOBS)} compilations, of which a dry run makes every fortieth")
         JOBS[:] = JOBS[::40]
@@ -482,57 +489,75 @@ def sweep(run: Run) -> None:
     import torch
 
     major, minor = (0, 0) if run.dry_run else torch.cuda.get_device_capability()
-    compiled = {(row["title"], row["configuration"]): row for row in run.read("compile")}
-    swept = list(gpu_sweeps.knobs(10 * major + minor, run.dry_run))
-    for knob in swept[::5] if run.dry_run else swept:
-        candidates = knob.candidates[:2] if run.dry_run else allowed(knob, compiled)
-        times = {knob.entry: clock(run, knob, knob.entry, None)}
-        expected = knob.at(knob.entry, run.device)
-        expected.run(torch.device(run.device))
-        for candidate in candidates:
-            ms = clock(run, knob, candidate, expected.arguments[knob.output])
-            if ms is not None:
-                times[candidate] = ms
-        best = min(times, key=lambda values: times[values])
-        gain = times[knob.entry] / times[best]
-        row = {"title": knob.title, "entry": knob.text(knob.entry), "best": knob.text(best)}
-        rate = {knob.text(values): ms for values, ms in times.items()}
-        run.emit("sweep", **row, gain=gain, entry_ms=times[knob.entry], times=rate)
-        print(f"{knob.title}: {knob.text(best)}  # {gain:.3f}x {knob.text(knob.entry)}")
+    compiled: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in run.read("compile"):
+        compiled.setdefault((row["title"], row["configuration"]), []).append(row)
+    for knob in gpu_sweeps.knobs(10 * major + minor, run.dry_run):
+        candidates = knob.candidates[:1] if run.dry_run else allowed(knob, compiled)
+        expected = result(run, knob.at(knob.entry, run.device), knob.output)
+        if expected is None:
+            continue
+        tried = [knob.entry, *candidates]
+        found = {values: clock(run, knob, values, expected) for values in tried}
+        times = {values: ms for values, ms in found.items() if ms is not None}
+        if knob.entry in times:
+            tell_sweep(run, knob, times)
 
 
-def allowed(knob: Any, compiled: dict[tuple[str, str], dict[str, Any]]) -> list[tuple[int, ...]]:
+def tell_sweep(run: Run, knob: Any, times: dict[tuple[int, ...], float]) -> None:
+    best = min(times, key=lambda values: times[values])
+    gain = times[knob.entry] / times[best]
+    row = {"title": knob.title, "entry": knob.text(knob.entry), "best": knob.text(best)}
+    rate = {knob.text(values): ms for values, ms in times.items()}
+    run.emit("sweep", **row, gain=gain, entry_ms=times[knob.entry], times=rate)
+    print(f"{knob.title}: {knob.text(best)}  # {gain:.3f}x {knob.text(knob.entry)}")
+
+
+def allowed(knob: Any, compiled: dict[tuple[str, str], Any]) -> list[tuple[int, ...]]:
     """Candidates in the cache that spill no more than the entry; the rest would take too long."""
-    entry = compiled.get((knob.title, str(knob.entry)), {}).get("stack", 0)
-    found = []
-    for candidate in knob.candidates:
-        row = compiled.get((knob.title, str(candidate)))
-        if row is not None and "problem" not in row and row["stack"] <= entry:
-            found.append(candidate)
-    return found
+
+    def stack(values: tuple[int, ...]) -> float:
+        rows = compiled.get((knob.title, str(values)), [])
+        return max((row.get("stack", math.inf) for row in rows), default=math.inf)
+
+    most = stack(knob.entry)
+    return [c for c in knob.candidates if stack(c) <= (0 if most == math.inf else most)]
+
+
+def result(run: Run, launches: Any, output: str) -> Any:
+    """The named argument of the last launch, when all have run; None where one does not fit."""
+    import torch
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        for launch in launches:
+            launch.run(torch.device(run.device))
+    except OutOfResources as error:
+        print(error)
+        return None
+    return launches[-1].arguments[output]
 
 
 def clock(run: Run, knob: Any, values: tuple[int, ...], expected: Any) -> Any:
     """Median milliseconds; None where the launch does not fit the GPU or gives other results."""
     import torch
-    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    launch, device = knob.at(values, run.device), torch.device(run.device)
-    try:
-        launch.run(device)
-    except OutOfResources as error:
-        print(f"{knob.title} {values}: {error}")
-        return None
-    got = launch.arguments[knob.output]
-    if expected is not None and not torch.allclose(got, expected, rtol=2e-2, atol=2e-2):
-        print(f"{knob.title} {values}: WRONG RESULT")
+    launches = knob.at(values, run.device)
+    got = result(run, launches, knob.output)
+    if got is None or not torch.allclose(got, expected, rtol=2e-2, atol=2e-2):
+        print(f"{knob.title} {values}: {'does not fit' if got is None else 'WRONG RESULT'}")
         return None
     if run.dry_run:
         start = time.perf_counter()
-        launch.run(device)
+        result(run, launches, knob.output)
         return 1e3 * (time.perf_counter() - start)
-    return do_bench(lambda: launch.run(device), warmup=5, rep=25, return_mode="median")
+
+    def call() -> None:
+        for launch in launches:
+            launch.run(torch.device(run.device))
+
+    return do_bench(call, warmup=5, rep=25, return_mode="median")
 
 
 PARTS: dict[str, Callable[[Run], None]] = {

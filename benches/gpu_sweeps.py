@@ -1,7 +1,7 @@
 """Which table entries of configs.py `make gpu` sweeps, and the launches that time them.
 
-A Knob is one entry: how to write a candidate into the table, and a launch that then uses it. The
-launch is built on meta tensors to be compiled, and on the GPU to be timed.
+A Knob is one entry: how to write a candidate into the table, and the launches that then use it.
+They are built on meta tensors to be compiled, and on the GPU to be timed.
 """
 
 import itertools
@@ -11,33 +11,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention_triton, configs, linear_act_triton, norm_triton
+from tilewise_kernels import (
+    activation_triton,
+    attention_triton,
+    configs,
+    cross_entropy_triton,
+    decode_attention_triton,
+    linear_act_triton,
+    log_softmax_triton,
+    norm_triton,
+    rotary_triton,
+)
 from tilewise_kernels.attention_backward_triton import backward_launches
 from tilewise_kernels.attention_tiles_triton import Call
 from tilewise_kernels.launch import Launch
 
 Values = tuple[int, ...]
 # of each attention kernel, in the order in which they run
-OUTPUTS = {"forward": "out_ptr", "backward_dq": "dq_ptr", "backward_dkv": "dk_ptr"}
+OUTPUTS = {
+    "forward": "out_ptr",
+    "backward_dq": "dq_ptr",
+    "backward_dkv": "dk_ptr",
+    "backward_dbias": "dbias_ptr",
+}
 
 
 class Knob(NamedTuple):
-    """One table entry. title, text(values): as configs.py has it. output: an argument's name."""
+    """One table entry. title, text(values): as configs.py has it. output: the name of an argument
+    of the last launch."""
 
     title: str
     entry: Values
     candidates: list[Values]
     put: Callable[[Values], None]
-    launch: Callable[[str], Launch]
+    launches: Callable[[str], list[Launch]]
     output: str
-    text: Callable[[Values], str]
+    text: Callable[[Values], str] = str
 
-    def at(self, values: Values, device: str) -> Launch:
-        """The launch with `values` in the table, which then gets its entry back."""
+    def at(self, values: Values, device: str) -> list[Launch]:
+        """The launches with `values` in the table, which then gets its entry back."""
         self.put(values)
-        launch = self.launch(device)
+        launches = self.launches(device)
         self.put(self.entry)
-        return launch
+        return launches
+
+
+def table_knob(
+    title: str, table: Any, key: Any, around: Iterator[Values], output: str,
+    launches: Callable[[str], list[Launch]],
+) -> Knob:  # fmt: skip
+    """The entry table[key] of a table of plain tuples; around: its candidates, and itself."""
+    entry = table[key]
+    candidates = [values for values in around if values != entry]
+    return Knob(title, entry, candidates, lambda v: table.__setitem__(key, v), launches, output)
 
 
 def knobs(architecture: int, dry_run: bool) -> Iterator[Knob]:
@@ -46,10 +72,19 @@ def knobs(architecture: int, dry_run: bool) -> Iterator[Knob]:
     for head_dim, masked in ((128, False), (64, False), (128, True), (64, True)):
         for kernel in ("forward", "backward_dkv", "backward_dq"):
             yield attention_knob(kernel, architecture, head_dim, masked, small)
-    yield linear_knob(architecture, small)
     for columns in (4096, 1024, 8192):
         for kernel in ("forward", "backward"):
             yield norm_knob(kernel, columns, small)
+    for head_dim in (128, 64):
+        yield decode_knob(architecture, head_dim, small)
+    for kernel in ("losses", "dlogits", "forward", "backward"):
+        yield walk_knob(kernel, small)
+    yield linear_knob(architecture, small)
+    yield rotary_knob(small)
+    for kernel in ("forward", "backward"):
+        yield activation_knob(kernel, small)
+    yield topk_knob(small)
+    yield attention_knob("backward_dbias", architecture, 64, True, small)
 
 
 def warm_launches(architecture: int) -> Iterator[tuple[str, Launch]]:
@@ -59,6 +94,13 @@ def warm_launches(architecture: int) -> Iterator[tuple[str, Launch]]:
         yield f"attention {kernel} D{head_dim} full", launch
     for columns, kernel in itertools.product((2048, 16384), ("forward", "backward")):
         yield f"layer_norm {kernel} N{columns}", norm_launch(kernel, "meta", columns, False)
+
+
+def drawing(device: str) -> Callable[..., Tensor]:
+    """normal(*shape): from N(0, 1), the same each time; float16 where the interpreter runs."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -85,9 +127,8 @@ def attention_knob(kernel: str, arch: int, head_dim: int, masked: bool, small: b
         tuple(entry),
         list(tiles_around(entry, most_changes=1 if masked else 2)),
         put,
-        lambda device: attention_launch(kernel, device, arch, head_dim, True, masked, small),
+        lambda device: [attention_launch(kernel, device, arch, head_dim, True, masked, small)],
         OUTPUTS[kernel],
-        str,
     )
 
 
@@ -107,24 +148,20 @@ def attention_launch(
 ) -> Launch:
     """One kernel on [B, H, S, D]; on a real device those before it have run."""
     b, h, s = (1, 2, 64) if small else (4, 2048 // head_dim, 4096)
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-    dtype = torch.float16 if device == "cpu" else torch.bfloat16
-
-    def normal() -> Tensor:
-        drawn = torch.randn(b, h, s, head_dim, generator=generator, device=device)
-        return drawn.to(dtype)
-
-    q, k, v, grad, out = normal(), normal(), normal(), normal(), normal()
+    normal = drawing(device)
+    q, k, v, grad, out = (normal(b, h, s, head_dim) for _ in range(5))
     lse = torch.empty(b, h, s, device=device)
     mask = None
     if masked:
         mask = torch.ones(b, 1, s, s, dtype=torch.bool, device=device).tril().expand(b, h, s, s)
     scale = head_dim**-0.5
-    terms = (mask, None, None, None, None)
+    bias = normal(1, h, s, s) if kernel == "backward_dbias" else None
+    terms = (mask, bias, None, None, None)
     call = Call(arch, q, k, v, *terms, causal, -1, -1, 0.0, scale, 0.0)
     gradients: list[Tensor | None] = [torch.empty_like(q) for _ in range(3)]
     launches = attention_triton.forward_launches(call, out, lse)
-    launches += backward_launches(call, grad, out, lse, [*gradients, None])
+    gradients.append(None if bias is None else torch.empty_like(bias))
+    launches += backward_launches(call, grad, out, lse, gradients)
     names = [launch.kernel.__name__ for launch in launches]
     place = names.index(f"{kernel}_kernel")
     if device != "meta":
@@ -153,7 +190,7 @@ def norm_knob(kernel: str, columns: int, small: bool) -> Knob:
         (rows, warps),
         candidates,
         put,
-        lambda device: norm_launch(kernel, device, columns, small),
+        lambda device: [norm_launch(kernel, device, columns, small)],
         "y_ptr" if kernel == "forward" else "dx_ptr",
         lambda values: str((columns, *values)),
     )
@@ -162,12 +199,9 @@ def norm_knob(kernel: str, columns: int, small: bool) -> Knob:
 def norm_launch(kernel: str, device: str, columns: int, small: bool) -> Launch:
     norm_triton.load(vars(norm_triton))
     m = 32 if small else 32768
-    dtype = torch.float16 if device == "cpu" else torch.bfloat16
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-    x, grad = (
-        torch.randn(m, columns, generator=generator, device=device).to(dtype) for _ in range(2)
-    )
-    weight, bias = torch.ones(2, columns, dtype=dtype, device=device)
+    normal = drawing(device)
+    x, grad = normal(m, columns), normal(m, columns)
+    weight, bias = torch.ones(2, columns, dtype=x.dtype, device=device)
     y, dx = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = torch.zeros(m, 1, device=device), torch.ones(m, 1, device=device)
     if kernel == "forward":
@@ -202,7 +236,7 @@ def linear_knob(arch: int, small: bool) -> Knob:
         tuple(entry),
         [c for c in candidates if c != tuple(entry)],
         put,
-        lambda device: linear_launch(device, arch, small),
+        lambda device: [linear_launch(device, arch, small)],
         "y_ptr",
         lambda values: f"LinearConfig{values}",
     )
@@ -211,8 +245,156 @@ def linear_knob(arch: int, small: bool) -> Knob:
 def linear_launch(device: str, arch: int, small: bool) -> Launch:
     linear_act_triton.load(vars(linear_act_triton))
     m, k, n = (64, 64, 64) if small else (8192, 1024, 4096)
-    dtype = torch.float16 if device == "cpu" else torch.bfloat16
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-    x, w = (torch.randn(rows, k, generator=generator, device=device).to(dtype) for rows in (m, n))
-    y = torch.empty(m, n, dtype=dtype, device=device)
+    normal = drawing(device)
+    x, w = normal(m, k), normal(n, k)
+    y = torch.empty(m, n, dtype=x.dtype, device=device)
     return linear_act_triton.linear_launch(arch, x, w * k**-0.5, w[:, 0], "gelu", y, None)
+
+
+# -- decode_attention ----------------------------------------------------------------------------
+
+
+def decode_knob(arch: int, head_dim: int, small: bool) -> Knob:
+    return table_knob(
+        f'DECODE["half"][{head_dim}]',
+        configs.DECODE["half"],
+        head_dim,
+        itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (2, 4)),
+        "out_ptr",
+        lambda device: decode_launches(device, arch, head_dim, small),
+    )
+
+
+def decode_launches(device: str, arch: int, head_dim: int, small: bool) -> list[Launch]:
+    """Groups of 4 queries on caches [R, Hkv, T, D]."""
+    decode_attention_triton.load(vars(decode_attention_triton))
+    r, hkv, t = (1, 2, 96) if small else (16, 8, 8192)
+    normal = drawing(device)
+    q = normal(r, 4 * hkv, 1, head_dim)
+    k, v = normal(r, hkv, t, head_dim), normal(r, hkv, t, head_dim)
+    lengths = torch.full((r,), t, device=device)
+    processors = 132 if device == "meta" else decode_attention_triton.multiprocessors(q.device)
+    terms = (None, None, head_dim**-0.5, None, -1, None)
+    call = decode_attention_triton.Call(arch, processors, q, k, v, lengths, *terms)
+    out = torch.empty_like(q)
+    splits = decode_attention_triton.split_positions(call)[0]
+    part = torch.empty(r * hkv, splits, 4, head_dim, device=device)
+    lse = torch.empty(r * hkv, splits, 4, device=device)
+    return [
+        decode_attention_triton.split_launch(call, out, part, lse),
+        decode_attention_triton.combine_launch(part, lse, out),
+    ]
+
+
+# -- log_softmax, cross_entropy ------------------------------------------------------------------
+
+
+WALKS = {
+    "forward": ("log_softmax", "y_ptr"),
+    "backward": ("log_softmax", "dx_ptr"),
+    "losses": ("cross_entropy", "losses_ptr"),
+    "dlogits": ("cross_entropy", "dlogits_ptr"),
+}
+
+
+def walk_knob(kernel: str, small: bool) -> Knob:
+    op, output = WALKS[kernel]
+    return table_knob(
+        f'WALK["{op} {kernel}", True]',
+        configs.WALK,
+        (f"{op} {kernel}", True),
+        itertools.product((2048, 4096, 8192), (4, 8, 16)),
+        output,
+        lambda device: [walk_launch(kernel, device, small)],
+    )
+
+
+def walk_launch(kernel: str, device: str, small: bool) -> Launch:
+    """One of the four kernels on [M, V]."""
+    for module in (log_softmax_triton, cross_entropy_triton):
+        module.load(vars(module))
+    m, v = (4, 5000) if small else (8192, 32000)
+    normal = drawing(device)
+    x, y = normal(m, v), normal(m, v)
+    target = torch.arange(m, device=device)
+    losses, weight = torch.empty(m, device=device), torch.ones((), device=device)
+    statistics = torch.ones(m, 2, device=device)
+    options = (-100, 0.0, 0.0)
+    if kernel == "forward":
+        return log_softmax_triton.forward_launch(x, y)
+    if kernel == "backward":
+        return log_softmax_triton.backward_launch(x, y, torch.empty_like(x))
+    if kernel == "losses":
+        return cross_entropy_triton.losses_launch(x, target, losses, statistics, *options)
+    return cross_entropy_triton.dlogits_launch(weight, x, target, statistics, y, *options)
+
+
+def topk_knob(small: bool) -> Knob:
+    return table_knob(
+        'TOPK["piece"]',
+        configs.TOPK,
+        "piece",
+        itertools.product((1024, 2048, 4096), (2, 4, 8)),
+        "scores_ptr",
+        lambda device: topk_launches(device, small),
+    )
+
+
+def topk_launches(device: str, small: bool) -> list[Launch]:
+    log_softmax_triton.load(vars(log_softmax_triton))
+    m, v, k = (2, 5000, 8) if small else (256, 50257, 8)
+    x = drawing(device)(m, v)
+    scores = torch.empty(m, k, device=device)
+    ids = torch.empty(m, k, dtype=torch.int64, device=device)
+    return list(log_softmax_triton.topk_launches(x, k, scores, ids))
+
+
+# -- rotary, activation --------------------------------------------------------------------------
+
+
+def rotary_knob(small: bool) -> Knob:
+    return table_knob(
+        "ROTARY[False]",
+        configs.ROTARY,
+        False,
+        itertools.product((2048, 4096, 8192), (1, 4, 8), (4, 8)),
+        "yq_ptr",
+        lambda device: [rotary_launch(device, small)],
+    )
+
+
+def rotary_launch(device: str, small: bool) -> Launch:
+    """[B, S, H, D] as a projection leaves it, four queries to a key head."""
+    rotary_triton.load(vars(rotary_triton))
+    b, s, h = (1, 16, 4) if small else (8, 4096, 32)
+    normal = drawing(device)
+    q, k = (normal(b, s, heads, 128).transpose(1, 2) for heads in (h, h // 4))
+    cos, sin = normal(1, s, 64), normal(1, s, 64)
+    outputs = torch.empty_like(q), torch.empty_like(k)
+    return rotary_triton.rotary_launch(q, k, cos, sin, False, False, outputs)
+
+
+def activation_knob(kernel: str, small: bool) -> Knob:
+    return table_knob(
+        f'ACTIVATION["{kernel}"]',
+        configs.ACTIVATION,
+        kernel,
+        itertools.product((512, 1024, 2048, 4096), (4, 8)),
+        "a_ptr" if kernel == "forward" else "dh_ptr",
+        lambda device: [activation_launch(kernel, device, small)],
+    )
+
+
+def activation_launch(kernel: str, device: str, small: bool) -> Launch:
+    """A gated SiLU on [M, F]."""
+    activation_triton.load(vars(activation_triton))
+    normal = drawing(device)
+    m, f = (4, 1100) if small else (8192, 11008)
+    h, g, da = normal(m, f), normal(m, f), normal(m, f)
+    outputs = {f"{name}_ptr": torch.empty_like(h) for name in ("a", "dh", "dg")}
+    if kernel == "forward":
+        pointers = {"g_ptr": g, "a_ptr": outputs["a_ptr"]}
+        return activation_triton.activation_launch(pointers, h, None, "silu", 0.0)
+    return activation_triton.activation_launch(
+        {"da_ptr": da, "g_ptr": g} | outputs, h, None, "silu", 0.0
+    )

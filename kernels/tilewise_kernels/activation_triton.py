@@ -106,8 +106,14 @@ def backward_kernel(
         tl.store(a_ptr + places, a.to(out), mask=inside)
 
 
-def _launch(kernel, h: Tensor, seed: Tensor | None, activation: str, p: float, pointers) -> Launch:
-    block, warps = ACTIVATION["forward" if kernel is forward_kernel else "backward"]
+def activation_launch(
+    pointers, h: Tensor, seed: Tensor | None, activation: str, p: float
+) -> Launch:
+    """The launch that uses `pointers`, arguments of one of the kernels: backward's has da_ptr."""
+    kernel, name = forward_kernel, "forward"
+    if "da_ptr" in pointers:
+        kernel, name = backward_kernel, "backward"
+    block, warps = ACTIVATION[name]
     arguments = pointers | {
         "h_ptr": h, "seed_ptr": seed, "size": h.numel(), "F": h.shape[-1],
         "threshold": dropout.threshold(p), "scale": dropout.scale(p),
@@ -124,7 +130,7 @@ def forward(
     load(globals())
     if h.numel() > 0:
         pointers = {"g_ptr": g, "a_ptr": a}
-        _launch(forward_kernel, h, seed, activation, p, pointers).run(h.device)
+        activation_launch(pointers, h, seed, activation, p).run(h.device)
 
 
 def backward(
@@ -142,7 +148,7 @@ def backward(
     load(globals())
     if h.numel() > 0:
         pointers = {"da_ptr": da, "g_ptr": g, "dh_ptr": dh, "dg_ptr": dg, "a_ptr": a}
-        _launch(backward_kernel, h, seed, activation, p, pointers).run(h.device)
+        activation_launch(pointers, h, seed, activation, p).run(h.device)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
@@ -163,10 +169,7 @@ def _compilations(
     there = {"g_ptr": g, "a_ptr": h}
     back = there | {"da_ptr": h, "dh_ptr": h, "dg_ptr": g}
     kind = f"{str(dtype)[6:]} {activation}{' gate' * gated}{' dropout' * drops}"
-    for name, kernel, pointers in (
-        ("forward", forward_kernel, there),
-        ("backward", backward_kernel, back),
-    ):
-        launch = _launch(kernel, h, seed, activation, 0.1, pointers)
+    for name, pointers in (("forward", there), ("backward", back)):
+        launch = activation_launch(pointers, h, seed, activation, 0.1)
         quick = activation == "silu" and dtype == torch.bfloat16
         yield Compilation(f"activation {name}", kind, launch, False, True, quick)
