@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import attention_cpu, dropout, lazy_triton
-from .attention_blocked import Scoring, blocked, blocked_backward, reference
+from .attention_blocked import Scoring, blocked, blocked_backward, multiplies_half, reference
 from .checks import (
     broadcasts,
     fail,
@@ -87,6 +87,12 @@ def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     return None
 
 
+def _torch_slower(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
+    if multiplies_half(q):
+        return "it multiplies float32: half products are faster here"
+    return attention_cpu.lacks(q, k, v, *scoring)
+
+
 # -- the op --------------------------------------------------------------------------------------
 
 
@@ -140,7 +146,7 @@ OP = Op(
             attention_cpu.backward,
             devices=("cpu",),
             refuses=attention_cpu.refuses,
-            slower=attention_cpu.lacks,
+            slower=_torch_slower,
             refuses_backward=lambda grad, q, k, v, out, lse, *rest: attention_cpu.refuses(
                 q, k, v, *rest[:-1]
             ),

@@ -5,22 +5,25 @@
 
 with i' = i + Sk - Sq the key position of query i. Memory: out, lse and one block of scores: at most
 BLOCK_ROWS rows, on a CPU of as few heads as fill its cache. A block reads only the keys that
-causality, window and key_lengths leave to its rows.
+causality, window and key_lengths leave to its rows. Products and softmax are of float32 (float64);
+of bfloat16 on a CPU that multiplies it: P and dS are then rounded to it as in eager torch, scores
+once instead of at each step, and the native softmax adds all masks in one pass. Sums are float32.
 
 Shapes as in attention.py; below, [b, h, rows, keys] are the sizes of a block of scores.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dropout
+from . import dropout, native
 from .op import accumulator
 
 BLOCK_ROWS = 128  # rows of scores that are held at a time
-CPU_BLOCK = 2**18  # scores; 1 MiB of float32 (measured: all heads at once take 1.2 times as long)
+CPU_BLOCK = 2**20  # bytes of scores (measured: all heads at once take 1.2 times as long)
 # Rows with a smaller lse have no gradient: they have no key (-inf), or every key carries a finite
 # mask so large (finfo.min) that float32 cannot tell the lse from the mask. The same in every way.
 NO_GRADIENT = -1e30
@@ -113,9 +116,30 @@ def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
     return x.unflatten(1, (key_heads, -1)).flatten(2, 3)
 
 
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU does, and the softmax for it is built."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return fast and torch.backends.mkldnn.is_available() and native.missing() is None
+
+
+def multiplies_half(q: Tensor) -> bool:
+    """Whether products are of q's own half dtype."""
+    return q.is_cpu and q.dtype == torch.bfloat16 and _multiplies_bfloat16()
+
+
+def _is_half(scores: Tensor) -> bool:
+    return scores.dtype == torch.bfloat16
+
+
 def _products(q: Tensor, k: Tensor, how: Scoring) -> Tensor:
-    """scale q k^T, capped, of a block's queries and keys."""
-    scores = _by_key_head(q * how.scale, k.shape[1]) @ k.mT
+    """scale q k^T, capped, of a block's queries and keys; q k^T alone if half and not capped."""
+    if _is_half(k):
+        scores = _by_key_head(q, k.shape[1]) @ k.mT
+        if how.softcap:
+            scores = scores.float().mul_(how.scale)
+    else:
+        scores = _by_key_head(q * how.scale, k.shape[1]) @ k.mT
     if how.softcap:
         scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
     return scores.view(*q.shape[:3], k.shape[2])
@@ -143,6 +167,38 @@ def _hide(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor:
     return scores
 
 
+def _term(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor | None:
+    """All that _hide does to a block's scores, as one mask that broadcasts to them."""
+    terms = [at.of(t) for t in (how.mask, how.bias) if t is not None]
+    batch, heads, rows, keys = scores.shape
+    shapes = [t.shape for t in terms]
+    if how.alibi_slopes is not None:
+        shapes.append(torch.Size((1, heads, rows, keys)))
+    if how.left >= 0 or how.right >= 0:
+        shapes.append(torch.Size((1, 1, rows, keys)))
+    if how.key_lengths is not None:
+        shapes.append(torch.Size((batch, 1, 1, keys)))
+    native_dtypes = (torch.bool, torch.float32, scores.dtype)
+    if len(terms) == len(shapes) == 1 and terms[0].dtype in native_dtypes:
+        return terms[0]
+    if not shapes:
+        return None
+    shape = (*torch.broadcast_shapes(*shapes)[:3], keys)
+    return _hide(torch.zeros(shape, device=scores.device), how, at, shift)
+
+
+def _native_softmax(
+    scores: Tensor, how: Scoring, at: Block, shift: int
+) -> tuple[Tensor, Tensor]:
+    """(P in bfloat16, lse) of what _products made of bfloat16; P is 0 in rows with no key."""
+    causal = how.right >= 0 and at.keys.stop == at.rows.stop + shift + how.right
+    if causal:
+        how = how._replace(right=-1)
+    scale = 1.0 if how.softcap else how.scale
+    lse = native.op("softmax_")(scores, _term(scores, how, at, shift), scale, causal)
+    return scores.to(torch.bfloat16), lse
+
+
 def _kept(how: Scoring, at: Block, q: Tensor) -> Tensor:
     """Dropout's bool mask for a block: [b, h, rows, keys]."""
     assert how.seed is not None
@@ -155,36 +211,44 @@ def _kept(how: Scoring, at: Block, q: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, how: Scoring, at: Block) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a block, in the accumulator's dtype, which k and v have."""
+    """(out in the dtype of k and v, lse) of a block."""
     rows, keys = q[at.queries].to(k.dtype), k[at.context]
     if keys.shape[2] == 0:
-        lse = rows.new_full(rows.shape[:3], -torch.inf)
+        lse = rows.new_full(rows.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
         return rows.new_zeros(*lse.shape, v.shape[3]), lse
-    scores = _hide(_products(rows, keys, how), how, at, k.shape[2] - q.shape[2])
-    peak = scores.amax(-1)
-    # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
-    p = torch.softmax(scores, -1)
-    lse = peak - torch.log(p.amax(-1))  # at the peak P is 1 / sum(exp(scores - peak))
+    scores, shift = _products(rows, keys, how), k.shape[2] - q.shape[2]
+    if _is_half(k):
+        p, lse = _native_softmax(scores, how, at, shift)
+    else:
+        peak = _hide(scores, how, at, shift).amax(-1)
+        # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
+        p = torch.softmax(scores, -1)
+        lse = peak - torch.log(p.amax(-1))  # at the peak P is 1 / sum(exp(scores - peak))
     if how.dropout_p:
         p *= _kept(how, at, q)
     out = (_by_key_head(p, keys.shape[1]) @ v[at.context]).view(*lse.shape, v.shape[3])
     if how.dropout_p:
         out *= dropout.scale(how.dropout_p)
+    if _is_half(k):
+        return out, lse
     dead = peak == -torch.inf
     return out.masked_fill_(dead[..., None], 0), lse.masked_fill_(dead, -torch.inf)
 
 
-def _wide(k: Tensor, v: Tensor, how: Scoring) -> tuple[Tensor, Tensor]:
-    """k and v with their padding zeroed, in the accumulator's dtype."""
-    k, v = zero_padding(k, how.key_lengths), zero_padding(v, how.key_lengths)
-    return k.to(accumulator(k.dtype)), v.to(accumulator(v.dtype))
+def _operands(k: Tensor, v: Tensor, how: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v with their padding zeroed, in the dtype of the products."""
+    return tuple(zero_padding(t, how.key_lengths).to(dtype) for t in (k, v))
+
+
+def _product_dtype(q: Tensor) -> torch.dtype:
+    return q.dtype if multiplies_half(q) else accumulator(q.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
     """The definition with the whole score matrix in memory."""
     (b, hq, sq, _), (hkv, sk) = q.shape, k.shape[1:3]
     how = Scoring(*scoring)
-    k, v = _wide(k, v, how)
+    k, v = _operands(k, v, how, accumulator(q.dtype))
     out = empty_output(q, v.shape[3])
     whole = Block(slice(0, b), slice(0, hq), slice(0, hkv), slice(0, sq), slice(0, sk))
     block, lse = _attend(q, k, v, how.settled(sq, sk), whole)
@@ -192,18 +256,27 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, T
     return out, lse
 
 
+def _block_rows(q: Tensor, k: Tensor, how: Scoring) -> int:
+    """How many queries a block has: on a CPU, where no block leaves out keys, what fills a cache."""
+    if not q.is_cpu or how.left >= 0 or how.right >= 0:
+        return BLOCK_ROWS
+    group, sk = q.shape[1] // k.shape[1], k.shape[2]
+    return max(BLOCK_ROWS, CPU_BLOCK // max(group * sk * k.element_size(), 1))
+
+
 def _blocks(q: Tensor, k: Tensor, how: Scoring) -> Iterator[Block]:
     """The scores in blocks, each with the keys that its rows may see."""
     (b, hq, sq, _), (hkv, sk) = q.shape, k.shape[1:3]
-    longest, group = sk, hq // hkv
+    longest, group, size = sk, hq // hkv, _block_rows(q, k, how)
     if q.is_cpu and how.key_lengths is not None and b:
         longest = min(max(int(how.key_lengths.max()), 0), sk)
-    for rows in cuts(sq, BLOCK_ROWS):
+    for rows in cuts(sq, size):
         keys = how.span(rows, sq, sk)
         keys = slice(min(keys.start, longest), min(keys.stop, longest))
         room = b * hkv
         if q.is_cpu:  # in key heads
-            room = CPU_BLOCK // max(group * BLOCK_ROWS * (keys.stop - keys.start), 1)
+            block = group * (rows.stop - rows.start) * (keys.stop - keys.start) * k.element_size()
+            room = CPU_BLOCK // max(block, 1)
         for batch in cuts(b, room // hkv):
             for heads in cuts(hkv, room):
                 queries = slice(heads.start * group, heads.stop * group)
@@ -219,9 +292,9 @@ def cuts(length: int, size: int) -> Iterator[slice]:
 def blocked(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
     """The definition, a block of scores at a time: memory linear in length."""
     how = Scoring(*scoring).settled(q.shape[2], k.shape[2])
-    k, v = _wide(k, v, how)
+    k, v = _operands(k, v, how, _product_dtype(q))
     out = empty_output(q, v.shape[3])
-    lse = v.new_empty(q.shape[:3])
+    lse = v.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
     for at in _blocks(q, k, how):
         out[at.queries], lse[at.queries] = _attend(q, k, v, how, at)
     return out, lse
@@ -238,9 +311,12 @@ def blocked_backward(
     *scoring, needs = rest
     sq, sk = q.shape[2], k.shape[2]
     how = Scoring(*scoring).settled(sq, sk)
-    k0, v0 = _wide(k, v, how)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k0), torch.zeros_like(v0)
-    dbias = None if how.bias is None else how.bias.new_zeros(how.bias.shape, dtype=k0.dtype)
+    k0, v0 = _operands(k, v, how, _product_dtype(q))
+    wide = accumulator(q.dtype)
+    # Without a sum over blocks of queries the products' dtype holds all there is.
+    summed = wide if sq > _block_rows(q, k0, how) else k0.dtype
+    dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(t, dtype=summed) for t in (k, v))
+    dbias = None if how.bias is None else how.bias.new_zeros(how.bias.shape, dtype=wide)
     dead = lse < NO_GRADIENT
     some_dead = not q.is_cpu or bool(dead.any())  # a GPU would have to wait for the answer
     for at in _blocks(q, k0, how):
@@ -249,7 +325,10 @@ def blocked_backward(
             continue
         scores = _products(rows, keys, how)
         slope = 1 - (scores / how.softcap).square_() if how.softcap else None
-        p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
+        if _is_half(k0):
+            p, _ = _native_softmax(scores, how, at, sk - sq)
+        else:
+            p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
         if some_dead:
             p.masked_fill_(dead[at.queries][..., None], 0)
         g = _by_key_head(grad[at.queries].to(k0.dtype), keys.shape[1])
