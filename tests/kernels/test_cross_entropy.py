@@ -1,6 +1,7 @@
 """cross_entropy: native, Triton (interpreted) and reference against float64 torch."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -16,17 +17,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 no_triton = pytest.mark.skipif(lazy_triton.missing() is not None, reason="triton is not installed")
 
 
-@pytest.fixture(params=["native", "reference", pytest.param("triton", marks=no_triton)])
+WAYS = {"native": (), "reference": (), "triton": (no_triton,)}
+
+
+@pytest.fixture(params=[pytest.param(way, marks=marks) for way, marks in WAYS.items()])
 def way(request):
     """Runs the test once in each implementation."""
     with force(request.param):
         yield request.param
 
 
-def in_reach(way: str, logits: Tensor) -> None:
-    """Skips what the interpreter cannot take."""
-    if way == "triton" and (logits.dtype == torch.bfloat16 or logits.numel() > 150_000):
-        pytest.skip("Triton's interpreter takes small float32 and float16")
+def every_way(argument: str, cases: list, dtypes: Sequence[torch.dtype], small: Callable):
+    """way x case x dtype; Triton's interpreter takes float32, float16 and what is small."""
+    grid = [
+        pytest.param(
+            way, case, dtype, marks=marks, id=f"{way}-{getattr(case, 'name', case)}-{dtype}"
+        )
+        for way, marks in WAYS.items()
+        for case in cases
+        for dtype in dtypes
+        if way != "triton" or (dtype in (torch.float32, torch.float16) and small(case))
+    ]
+    return pytest.mark.parametrize(f"way, {argument}, dtype", grid, indirect=["way"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Tensor:
@@ -96,11 +108,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_way("case", CASES, DTYPES, lambda case: math.prod(case.shape) <= 150_000)
 def test_accuracy(case, dtype, way, assert_accurate):
     logits = normal(*case.shape, dtype=dtype, spread=case.spread)
-    in_reach(way, logits)
     target = classes(case.shape[:-1], case.shape[-1])
     if case.ignored:
         target.view(-1)[::2] = -100

@@ -1,7 +1,7 @@
 """log_softmax and log_softmax_topk: native, Triton (interpreted) and reference against float64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -24,17 +24,28 @@ def has_triton() -> bool:
 no_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
 
-@pytest.fixture(params=["native", "reference", pytest.param("triton", marks=no_triton)])
+WAYS = {"native": (), "reference": (), "triton": (no_triton,)}
+
+
+@pytest.fixture(params=[pytest.param(way, marks=marks) for way, marks in WAYS.items()])
 def way(request):
     """Runs the test once in each implementation."""
     with force(request.param):
         yield request.param
 
 
-def in_reach(way: str, x: Tensor) -> None:
-    """Skips what the interpreter cannot take."""
-    if way == "triton" and (x.dtype in (torch.bfloat16, torch.float64) or x.numel() > 70_000):
-        pytest.skip("Triton's interpreter takes small float32 and float16")
+def every_way(argument: str, cases: list, dtypes: Sequence[torch.dtype], small: Callable):
+    """way x case x dtype; Triton's interpreter takes float32, float16 and what is small."""
+    grid = [
+        pytest.param(
+            way, case, dtype, marks=marks, id=f"{way}-{getattr(case, 'name', case)}-{dtype}"
+        )
+        for way, marks in WAYS.items()
+        for case in cases
+        for dtype in dtypes
+        if way != "triton" or (dtype in (torch.float32, torch.float16) and small(case))
+    ]
+    return pytest.mark.parametrize(f"way, {argument}, dtype", grid, indirect=["way"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Tensor:
@@ -75,11 +86,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_way("case", CASES, DTYPES, lambda case: math.prod(case.shape) <= 70_000)
 def test_accuracy(case, dtype, way, assert_accurate):
     x = normal(*case.shape, dtype=dtype, spread=case.spread)
-    in_reach(way, x)
     grad = normal(*case.shape[::-1]).reshape(case.shape).to(dtype)
     ours = run(log_softmax, x, dtype, grad, dim=case.dim)
     plain = run(torch.log_softmax, x, dtype, grad, dim=case.dim)
@@ -106,9 +115,9 @@ def test_special_values_as_in_eager(columns, way):
     torch.testing.assert_close(y, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("way", ["native", "reference"], indirect=True)
 def test_half_sums_pass_the_largest_half(way):
     x = torch.zeros(1, 131072, dtype=torch.float16)
-    in_reach(way, x)
     expected = torch.full_like(x, -17 * math.log(2))
     torch.testing.assert_close(log_softmax(x), expected, rtol=1e-3, atol=0)
 
@@ -168,13 +177,16 @@ TOPK = [  # shape, k: whole vectors and tails, one piece and many, k below and a
 ]
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape, k", TOPK, ids=str)
-def test_topk(shape, k, dtype, way):
+def quick(top: tuple[tuple[int, ...], int]) -> bool:
+    """The interpreter takes seconds for each of many candidates."""
+    shape, k = top
+    return math.prod(shape) <= 70_000 and k <= 100
+
+
+@every_way("top", TOPK, [*DTYPES, torch.float64], quick)
+def test_topk(top, dtype, way):
+    shape, k = top
     x = normal(*shape, dtype=dtype, spread=3.0)
-    in_reach(way, x)
-    if way == "triton" and k > 100:
-        pytest.skip("the interpreter takes seconds for each candidate")
     scores, ids = log_softmax_topk(x, k)
     true, true_ids = expected_topk(x, k)
     assert torch.equal(ids, true_ids)
@@ -220,10 +232,9 @@ def test_rows_that_are_nan_throughout(columns, way):
     assert torch.equal(ids[4], expected_topk(x[4], 3)[1]) and scores[4].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_topk_gradient(dtype, way, assert_accurate):
-    x, grad = normal(5, 300, dtype=dtype), normal(5, 6)
-    in_reach(way, x)
+@every_way("columns", [300], DTYPES, bool)
+def test_topk_gradient(columns, dtype, way, assert_accurate):
+    x, grad = normal(5, columns, dtype=dtype), normal(5, 6)
     ours = run(lambda x: log_softmax_topk(x, 6)[0], x, dtype, grad)
     ids = expected_topk(x, 6)[1]
 
