@@ -134,6 +134,10 @@ def _by_runs(name: str) -> Implementation:
         forward,
         backward,
         devices=way.devices,
+        missing=way.missing,
+        slower=lambda q, k, v, cu_q, cu_k, *scoring: way.slower(
+            _whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring
+        ),
         refuses=lambda q, k, v, cu_q, cu_k, *scoring: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring
         ),
