@@ -138,11 +138,13 @@ def _native_backward(*args: Any) -> tuple[Tensor]:
 
 
 def native_losses(*args: Any) -> Tensor:
+    """Losses [...] of logits [..., V], target [...] and ignored, smoothing, z."""
     losses: Tensor = native.op("cross_entropy_forward")(*args, "none")[0]
     return losses
 
 
 def native_in_place(*args: Any) -> Tensor:
+    """Losses [M]; logits [M, V] become their gradient times weight, [] or [M]."""
     losses: Tensor = native.op("cross_entropy_in_place")(*args)
     return losses
 

@@ -127,6 +127,7 @@ def _numbers(rows: Tensor, options: tuple[Any, ...]) -> dict[str, Any]:
 def losses(
     logits: Tensor, target: Tensor, ignored: int, smoothing: float, z: float
 ) -> tuple[Tensor, Tensor]:
+    """Losses [...] and statistics [..., 2], float32, of logits [..., V] and target [...]."""
     load(globals())
     found = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     statistics = found.new_empty((*target.shape, 2))
@@ -146,6 +147,7 @@ def dlogits(
     smoothing: float,
     z: float,
 ) -> Tensor:
+    """dlogits [..., V] of weight [] or [...], what each row's gradient is multiplied with."""
     load(globals())
     found = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _write_dlogits(weight, logits, target, statistics, found, ignored, smoothing, z)
@@ -155,6 +157,7 @@ def dlogits(
 def in_place(
     logits: Tensor, target: Tensor, weight: Tensor, ignored: int, smoothing: float, z: float
 ) -> Tensor:
+    """Losses [...] float32; the gradient times weight, [] or [...], replaces logits [..., V]."""
     found, statistics = losses(logits, target, ignored, smoothing, z)
     _write_dlogits(weight, logits, target, statistics, logits, ignored, smoothing, z)
     return found

@@ -216,7 +216,7 @@ def log_softmax_topk(x: Tensor, k: int) -> Pair:
     with fewer than k finite ones ends in scores of -inf at the lowest ids that hold it. Where all
     of log_softmax is NaN (a row that holds NaN or +inf, or -inf alone) the scores are NaN and the
     ids 0 to k - 1. The scores have a gradient; the ids have none. Raises ArgumentError for anything
-    else.
+    else. Source: log_softmax as above, then the k first of a stable descending sort.
     """
     is_float_tensor("log_softmax_topk", "x", x, min_dims=1)
     if not is_whole(k) or not 1 <= k <= x.shape[-1]:

@@ -219,6 +219,7 @@ def _padded(length: int) -> int:
 
 
 def forward(x: Tensor) -> Tensor:
+    """log_softmax of x [..., V] over its last dim, in x's dtype."""
     load(globals())
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -227,6 +228,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, y: Tensor) -> Tensor:
+    """dx [..., V] from grad and y = log_softmax(x), both [..., V]."""
     load(globals())
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel():
@@ -235,6 +237,7 @@ def backward(grad: Tensor, y: Tensor) -> Tensor:
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of x [..., V]: scores [..., k] float32 [nats] and ids [..., k] int64, largest first."""
     load(globals())
     rows = as_rows(x)
     scores = torch.empty(rows.shape[0], k, dtype=torch.float32, device=x.device)

@@ -131,6 +131,7 @@ def centred_at(s, mean, cols, N, EVEN_N: tl.constexpr):
 
 @jit
 def store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, M):
+    """mean and rstd [ROWS] to [M], each where it is wanted."""
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < M)
     if rstd_ptr is not None:
@@ -454,6 +455,7 @@ def forward(
     *,
     rms: bool,
 ) -> Outputs:
+    """y, s [..., N], mean, rstd [..., 1] float32 of x, residual [..., N], weight, bias [N]."""
     load(globals())
     has_sum = wants_sum and (residual is not None or seed is not None)
     statistics = (*x.shape[:-1], 1)
@@ -485,6 +487,7 @@ def gradients(
     dropout_p: float,
     needs: list[bool],
 ) -> Gradients:
+    """dx, dresidual [..., N], dweight, dbias [N] of grad, grad_s, s [..., N]; None: not needed."""
     load(globals())
     needs_x, needs_residual, *parameters = needs
     shared = seed is None and x_dtype == s.dtype and needs_x  # one tensor serves both

@@ -50,6 +50,7 @@ def reference(
 def reference_turn_back(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, S, D] and k [B, Hkv, S, D] turned the other way: the gradient's rotation."""
     return reference(q, k, cos, -sin, interleaved)
 
 
