@@ -27,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SHARES = {"environment": 20, "build": 80, "compile": 80, "tests": 150, "bench": 140, "sweep": 70}
+SHARES = {"environment": 15, "build": 60, "compile": 90, "tests": 130, "bench": 175, "sweep": 70}
 BUDGET = sum(SHARES.values())  # seconds
 STOPPED = 75  # exit code of a part that ended itself because its time was over
 

@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu import STOPPED
+from gpu_plan import HEAD, SMALL, Race, check, plan, shrunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,6 +106,7 @@ def build(run: Run) -> None:
     if not run.dry_run:
         [capability] = nvidia_smi("compute_cap")
         wishes = {"TILEWISE_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability}
+        wishes["MAX_JOBS"] = str(os.cpu_count())
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         subprocess.run(command, cwd=ROOT, env=os.environ | wishes, check=True)
     else:
@@ -200,7 +202,9 @@ def tests(run: Run) -> None:
         raise SystemExit("skipped: this python has no pytest")
     cores = os.cpu_count() or 1
     hands = min(12, cores - cores // 4)  # most of a test's time is Triton compiling on one core
-    processes = [start_tests(hand, hands) for hand in range(hands)]
+    # in the interpreter a test takes seconds: a rehearsal plays two hands of forty
+    dealt = 40 if run.dry_run else hands
+    processes = [start_tests(hand, dealt) for hand in range(hands)]
     with ThreadPoolExecutor(hands) as pool:
         said = [pool.submit(follow_tests, run, process) for process in processes]
         wait(said, timeout=max(1, run.left - 15))  # so that pytest still shows what failed
@@ -245,62 +249,6 @@ def follow_tests(run: Run, process: subprocess.Popen[str]) -> str:
 # -- bench ---------------------------------------------------------------------------------------
 
 
-class Race(NamedTuple):
-    """One line of the plan. judged: the shape, small enough, that is compared with float64."""
-
-    op: str
-    shape: tuple[int, ...]
-    judged: tuple[int, ...]
-    options: dict[str, Any]
-
-
-GATED = {"gated": True, "activation": "silu"}
-WINDOWED = {"causal": True, "window": 512}
-
-
-def plan() -> Iterator[Race]:
-    """What is benched: attention at 16k tokens and width 2048, norms and softmax on 32K rows."""
-    for s in (4096, 512, 16384, 1024, 8192, 2048):
-        for d in (128, 64):
-            for causal in (True, False):
-                shape = (16384 // s, 2048 // d, s, s, d)
-                yield Race("attention", shape, (1, 2, s, s, d), {"causal": causal})
-        n = 2 * s
-        yield Race("layer_norm", (32768, n), (300, n), {"residual": n == 4096})
-        yield Race("rms_norm", (32768, n), (300, n), {"residual": n == 4096})
-        yield Race("softmax", (32768, n), (300, n), {})
-    yield Race("softmax", (8, 12, 512, 512), (2, 12, 512, 512), {"mask": True})
-    yield Race("softmax", (2048, 131072), (30, 131072), {})
-    for k in (768, 1024, 4096):
-        yield Race("linear_act", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
-        yield Race("feed_forward", (8192, k, 4 * k), (512, k, 4 * k), {"activation": "gelu"})
-    yield Race("feed_forward", (8192, 4096, 11008), (512, 4096, 11008), GATED)
-    yield Race("decode_attention", (16, 32, 8192, 128), (4, 32, 8192, 128), {"heads_kv": 8})
-    yield Race("decode_attention", (64, 16, 1024, 64), (8, 16, 1024, 64), {"beams": True})
-    yield Race("attention", (4, 16, 4096, 4096, 128), (1, 2, 4096, 4096, 128), WINDOWED)
-    yield Race("attention", (4, 16, 4096, 4096, 64), (1, 2, 4096, 4096, 64), {"mask": True})
-    yield Race("attention", (4, 16, 4096, 4096, 64), (1, 2, 4096, 4096, 64), {"bias": True})
-    yield Race("attention_varlen", (16, 16, 2048, 128), (3, 2, 2048, 128), {"causal": True})
-    yield Race("rotary", (8, 32, 4096, 128), (1, 4, 4096, 128), {"heads_kv": 8})
-    yield Race("cross_entropy", (8192, 32000), (512, 32000), {})
-    yield Race("cross_entropy", (4096, 128256), (128, 128256), {})
-    yield Race("linear_cross_entropy", (8192, 4096, 32000), (256, 4096, 32000), {})
-    yield Race("linear_cross_entropy", (8192, 4096, 128256), (128, 4096, 128256), {})
-    yield Race("log_softmax", (2048, 50257), (64, 50257), {})
-    yield Race("log_softmax_topk", (256, 50257), (32, 50257), {"top": 8})
-    yield Race("linear", (32, 4096, 11008), (32, 4096, 11008), {})
-    yield Race("linear", (32, 4096, 11008), (32, 4096, 11008), {"int8": True})
-
-
-SMALL = (
-    Race("softmax", (64, 128), (64, 128), {}),
-    Race("layer_norm", (64, 768), (64, 768), {"residual": True}),
-    Race("attention", (1, 8, 128, 128, 64), (1, 8, 128, 128, 64), {"causal": True}),
-    Race("linear_act", (16, 768, 3072), (16, 768, 3072), {}),
-    Race("decode_attention", (4, 12, 256, 64), (4, 12, 256, 64), {}),
-)
-
-
 def bench(run: Run) -> None:
     """Judge, then time: ours by implementation, eager, torch's fused ways, installed peers."""
     import torch
@@ -313,33 +261,48 @@ def bench(run: Run) -> None:
     run.emit("roof", bandwidth=measured.bandwidth, rate=measured.rate)
     print(f"copy {measured.bandwidth / 1e9:.0f} GB/s, matmul {measured.rate / 1e12:.1f} TFLOP/s")
     races = list(plan())
-    for race in races[::7] if run.dry_run else races:
-        attempt(run, race, lambda race: time_eagerly(run, race, dtype))
     if run.dry_run:
-        print("skipped: replayed graphs, which need CUDA")
+        rehearse(run, races, dtype)
         return
+    for race in races[:HEAD]:
+        attempt(run, race, lambda race: time_eagerly(run, race, dtype))
     for race in SMALL:
         attempt(run, race, lambda race: time_replayed(run, race, dtype))
+    for race in races[HEAD:]:
+        attempt(run, race, lambda race: time_eagerly(run, race, dtype))
+
+
+def rehearse(run: Run, races: list[Race], dtype: Any) -> None:
+    """Every kind of race at a tiny size; raises for one that its case would refuse."""
+    for race in (*races, *SMALL):
+        check(race)
+    for race in {str(shrunk(race)): race for race in races}.values():
+        time_eagerly(run, shrunk(race), dtype)
+    print("skipped: replayed graphs, which need CUDA")
+
+
+def mishaps() -> tuple[type[Exception], ...]:
+    """What torch, Triton, a peer of another version or a contender without memory may raise."""
+    from triton.errors import TritonError
+
+    return (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, TritonError)
 
 
 def attempt(run: Run, race: Race, work: Callable[[Race], None]) -> None:
-    """One race; what torch raises is reported and the next one runs."""
+    """One race; a mishap is reported and the next one runs."""
     import torch
 
     try:
-        work(shrunk(race) if run.dry_run else race)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0][:200]
-        print(f"{race.op} {race.shape}: {problem}")
+        work(race)
+    except mishaps() as error:
+        problem = first_line(error)
+        print(f"{race.op} {race.shape}: {problem}", flush=True)
         run.emit("bench", op=race.op, shape=race.shape, options=race.options, problem=problem)
-    if not run.dry_run:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def shrunk(race: Race) -> Race:
-    small = tuple(min(n, 8) for n in race.shape)
-    options = race.options | ({"heads_kv": 4} if "heads_kv" in race.options else {})
-    return Race(race.op, small, small, options)
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def entrants(race: Race, dtype: Any, device: str) -> Any:
@@ -379,8 +342,8 @@ def entrants(race: Race, dtype: Any, device: str) -> Any:
         try:
             for judge in judges:
                 judge.judge(call, row)
-        except (RuntimeError, TypeError) as error:  # refused, or a peer of another version
-            row.problem = str(error).strip().splitlines()[0][:200]
+        except mishaps() as error:
+            row.problem = first_line(error)
         rows.append(row)
     judges.clear()
     made, grads = inputs(race.shape)

@@ -259,7 +259,7 @@ def decode_knob(arch: int, head_dim: int, small: bool) -> Knob:
         f'DECODE["half"][{head_dim}]',
         configs.DECODE["half"],
         head_dim,
-        itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (2, 4)),
+        itertools.product((32, 64, 128), (4, 8), (2, 3), (2, 4)),
         "out_ptr",
         lambda device: decode_launches(device, arch, head_dim, small),
     )
