@@ -344,18 +344,104 @@ def test_what_is_replaced(name: str) -> None:
     assert "aten::scaled_dot_product_attention" not in ran
 
 
-def test_output_attentions_and_hidden_states() -> None:
-    model, inputs = make("bert-eager"), batch("bert-eager")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_output_attentions_and_hidden_states(name: str) -> None:
+    model, inputs = make(name), batch(name)
+    model.set_attn_implementation("eager")
     asked = dict(output_attentions=True, output_hidden_states=True)
     with torch.no_grad():
         before = model(**inputs, **asked)
         tilewise.fuse(model)
         after = model(**inputs, **asked)
+        plain = model(**inputs)
     live = inputs["attention_mask"].bool()
+    assert len(after.attentions) == 2 and plain.get("attentions") is None
     for ours, theirs in zip(after.attentions, before.attentions, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(after.hidden_states, before.hidden_states, strict=True):
         torch.testing.assert_close(ours[live], theirs[live], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["bert", "gpt2"])
+def test_output_attentions_of_an_encoder_and_a_decoder(decoder: str) -> None:
+    torch.manual_seed(0)
+    across = dict(is_decoder=True, add_cross_attention=True)
+    configs = bert().config, {"bert": bert, "gpt2": gpt2}[decoder](**across).config
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)
+    model = transformers.EncoderDecoderModel(config).eval()
+    model.set_attn_implementation("eager")
+    inputs = batch("bart", padded=False)
+    with torch.no_grad():
+        before = model(**inputs, output_attentions=True)
+        report = tilewise.fuse(model, example=inputs)
+        after = model(**inputs, output_attentions=True)
+    for kind in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert len(before[kind]) == 2
+        for ours, theirs in zip(after[kind], before[kind], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    report.revert()
+    assert model.encoder.config._attn_implementation == "eager"
+    assert model.decoder.config._attn_implementation == "eager"
+
+
+def test_a_config_that_asks_for_attentions_keeps_its_own(tmp_path: Path) -> None:
+    model, inputs = make("bert-eager"), batch("bert")
+    model.config.output_attentions = True
+    report = tilewise.fuse(model, example=inputs)
+    reasons = [s.reason for s in report.skipped if s.type == "BertSelfAttention"]
+    assert reasons == ["its config asks for output_attentions"] * 2
+    assert len(model(**inputs).attentions) == 2
+    model.save_pretrained(tmp_path)
+
+
+class Adapter(nn.Module):
+    """Round another module, with a part of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return 2 * self.inner(*args)
+
+
+@pytest.mark.parametrize("place", ["intermediate", "output"])
+@pytest.mark.parametrize("how", ["wrapped", "subclassed"])
+def test_an_adapter_inside_a_layer_runs(place: str, how: str) -> None:
+    model, inputs = make("bert"), batch("bert")
+    fused = copy.deepcopy(model)
+    tilewise.fuse(fused)
+    for one in (model, fused):
+        layer = one.bert.encoder.layer[0]
+        inner: Any = getattr(layer, place)
+        if how == "wrapped":
+            setattr(layer, place, Adapter(inner))
+        else:
+            kind = type(inner)
+            twice = {"forward": lambda self, *args, kind=kind: 2 * kind.forward(self, *args)}
+            inner.__class__ = type("Twice", (kind,), twice)
+    with torch.no_grad():
+        ours, theirs = fused(**inputs).logits, model(**inputs).logits
+    torch.testing.assert_close(real(inputs, ours), real(inputs, theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_revert_leaves_what_was_set_after_fusing() -> None:
+    def own(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())
+
+    model = make("llama")
+    report = tilewise.fuse(model)
+    model.set_attn_implementation("eager")
+    model.loss_function = own
+    report.revert()
+    assert model.config._attn_implementation == "eager"
+    assert model.loss_function is own
+
+
+def test_each_module_is_reported_once() -> None:
+    report = tilewise.fuse(make("llama"))
+    paths = [entry.path for entry in report.replaced]
+    assert len(paths) == len(set(paths))
 
 
 @pytest.mark.parametrize("name", MODELS)

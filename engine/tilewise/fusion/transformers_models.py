@@ -34,6 +34,7 @@ from .swapping import (
 from .torch_modules import attention_weights
 
 NAME = "tilewise"  # of our attention in transformers' two registries
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -63,7 +64,8 @@ def attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
     config = getattr(module, "config", None)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+    asked = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if asked or _weights_are_read(module):
         return _attention_with_weights(
             query, key, value, attention_mask, position_bias, causal, scaling, dropout
         )
@@ -78,6 +80,15 @@ def attention_forward(
         dropout_p=dropout,
     )
     return out.transpose(1, 2), None
+
+
+def _weights_are_read(module: nn.Module) -> bool:
+    """Whether a hook of transformers will take the weights: GPT-2 drops output_attentions on the
+    way to its attention, and collects what hooks find there."""
+    if not module._forward_hooks:
+        return False
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is None or any("attentions" in name for name in collector.get() or ())
 
 
 def _attention_with_weights(
@@ -212,7 +223,9 @@ class BertLayer(Fused):
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         inner, output = self.intermediate, self.output
-        if not (is_bare(inner) and is_bare(output)):
+        # A subclass, or a module round one of them, does more than the layers inside.
+        plain = all(_key(own_class(m)) in _BERT_FEED_FORWARD for m in (inner, output))
+        if not (plain and is_bare(inner) and is_bare(output)):
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
         step = two_layers(
             attention_output, inner.dense, inner.intermediate_act_fn, None, output.dense
@@ -349,8 +362,13 @@ def replace_losses(model: nn.Module, report: FusionReport) -> None:
             continue
         new = f"{kind.__name__} with fused cross-entropy"
         report.replaced.append(Replaced(path, kind.__name__, new))
-        report.undo.append(partial(module.__dict__.pop, "_loss_function", None))
+        report.undo.append(partial(_restore_loss, module))
         module.__dict__["_loss_function"] = causal_lm_loss
+
+
+def _restore_loss(module: nn.Module) -> None:
+    if module.__dict__.get("_loss_function") is causal_lm_loss:  # else the user has set another
+        del module.__dict__["_loss_function"]
 
 
 # -- what is known -------------------------------------------------------------------------------
@@ -393,6 +411,12 @@ _CAUSAL = {
     "llama.modeling_llama.LlamaForCausalLM",
     "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
 }
+_BERT_FEED_FORWARD = {
+    "bert.modeling_bert.BertIntermediate",
+    "bert.modeling_bert.BertOutput",
+    "roberta.modeling_roberta.RobertaIntermediate",
+    "roberta.modeling_roberta.RobertaOutput",
+}
 _FAMILIES = {name.split(".")[0] for name in _KNOWN}
 
 
@@ -418,25 +442,31 @@ def near_miss(module: nn.Module) -> str | None:
 def replace_attention(model: nn.Module, report: FusionReport) -> None:
     """Point every config of the known models inside `model` at our attention."""
     configs: dict[int, Any] = {}
+    reported = {r.path for r in report.replaced} | {s.path for s in report.skipped}
     for path, module in model.named_modules():
         key = _key(own_class(module))
         config: Any = getattr(module, "config", None)
         if key.split(".")[0] not in _FAMILIES or not hasattr(config, "_attn_implementation"):
             continue
-        if config._attn_implementation != NAME:
+        # transformers saves no such config with another attention than eager
+        asks = getattr(config, "output_attentions", False)
+        if config._attn_implementation != NAME and not asks:
             configs[id(config)] = config
-        if key in _ATTENTION:
+        if key in _ATTENTION and path not in reported:
             kind = type(module).__name__
             if config._attn_implementation == NAME:
                 report.skipped.append(Skipped(path, kind, "it is fused already"))
+            elif asks:
+                report.skipped.append(Skipped(path, kind, "its config asks for output_attentions"))
             else:
                 report.replaced.append(Replaced(path, kind, f"{kind} on tilewise attention"))
     if configs:
         register()
     for config in configs.values():
-        report.undo.append(partial(_set_attention, config, config._attn_implementation))
-        _set_attention(config, NAME)
+        report.undo.append(partial(_restore_attention, config, config._attn_implementation))
+        config._attn_implementation = NAME
 
 
-def _set_attention(config: Any, name: str | None) -> None:
-    config._attn_implementation = name
+def _restore_attention(config: Any, name: str | None) -> None:
+    if config._attn_implementation == NAME:  # else the user has set another
+        config._attn_implementation = name
