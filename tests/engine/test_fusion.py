@@ -547,7 +547,7 @@ def test_report_reads_well() -> None:
     text = str(report).splitlines()
     assert text[0].startswith("13 modules replaced, 1 skipped; outputs differ by at most")
     assert any(line.split()[:3] == ["3", "*.layers.*.norm1", "LayerNorm"] for line in text)
-    assert len(text) == 7
+    assert len(text) == 8
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])

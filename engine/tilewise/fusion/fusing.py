@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,12 +36,18 @@ def fuse(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     example: a tensor, a tuple of arguments, or a dict of keyword arguments for `model`. It is run
     before and after, in evaluation mode without gradients, and every tensor returned must agree
     within `tolerance` times its largest element (1e-4 for float32, 1e-2 float16, 5e-2 bfloat16,
-    1e-9 float64); not compared: NaN, and where a 2-D attention_mask in the example is 0.
+    1e-9 float64); not compared: NaN, and where a 2-D attention_mask in the example is 0. A model
+    that changes what it is given (a cache) or keeps state between calls needs an example without.
+    A fused model runs eagerly, under torch.compile and torch.export; torch.func, torch.jit and
+    torch.fx take the model as it was, after report.revert(). Models of transformers that share one
+    config object share its attention too.
     Returns a FusionReport. Raises ArgumentError for a model or example of another kind, and
     FusionError when outputs disagree; whatever is raised, the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"fuse: model is {type(model).__name__}; pass a torch.nn.Module")
+    if tolerance is not None and not tolerance >= 0:
+        raise ArgumentError(f"fuse: tolerance is {tolerance}; takes a share of the largest element")
     expected = None if example is None else _outputs(model, example)
     report = FusionReport()
     try:
@@ -109,6 +116,9 @@ def _swap_class(
     def restore() -> None:
         if type(module) is new:
             module.__class__ = old
+        elif isinstance(module, new):  # parametrized or sharded since
+            now = type(module).__name__
+            warnings.warn(f"revert: {path} stays fused, for it has become {now}", stacklevel=3)
 
     undo.append(restore)
     module.__class__ = new
@@ -177,14 +187,16 @@ def _difference(
         compared = (before == before) & (before != after)
         if not compared.any():
             continue
-        moved = (before[compared].double() - after[compared].double()).abs().max().item()
-        limit = TOLERANCE.get(before.dtype, 0.0) if tolerance is None else tolerance
+        wide = torch.complex128 if before.is_complex() else torch.float64
+        moved = (before[compared].to(wide) - after[compared].to(wide)).abs().max().item()
+        limit = TOLERANCE.get(before.abs().dtype, 0.0) if tolerance is None else tolerance
         scale = before[before.isfinite()].abs().max().item() if before.isfinite().any() else 0.0
         if not moved <= limit * scale:
             raise FusionError(
                 f"fuse: output {i} ({before.dtype}) moved by {moved:.2e}, more than {limit:.0e} of "
                 f"its largest element {scale:.2e}; the model is as it was. If that is rounding, "
-                "raise tolerance; else leave out example, look at outputs and report what differs"
+                "raise tolerance; if the model changes the example or its own state when it runs, "
+                "pass another or none; else report what differs"
             )
         largest = max(largest, moved)
     return largest

@@ -38,12 +38,18 @@ class FusionReport:
             self.undo.pop()()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.skipped)} skipped"]
-        if self.max_difference is not None:
-            lines[0] += f"; outputs differ by at most {self.max_difference:.1e}"
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.skipped)} skipped; "]
+        if not (self.replaced or self.skipped):
+            lines[0] += "nothing in this model is known to fuse(), see help(tilewise.fusion)"
+        elif self.max_difference is None:
+            lines[0] += "outputs not compared: no example was given"
+        else:
+            lines[0] += f"outputs differ by at most {self.max_difference:.1e}"
         done = [(_pattern(r.path), r.old, f"-> {r.new}") for r in self.replaced]
         left = [(_pattern(s.path), s.type, f"skipped: {s.reason}") for s in self.skipped]
         rows = [(str(n), *row) for row, n in Counter(done + left).items()]
+        if rows:
+            rows.insert(0, ("n", "module, with * for any number", "its class", "what it is now"))
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for count, *texts in rows:
             cells = [text.ljust(width) for text, width in zip(texts, widths[1:], strict=False)]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from tilewise_kernels import feed_forward, layer_norm, linear_act
@@ -88,6 +89,7 @@ def is_bare(module: object) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
@@ -103,6 +105,12 @@ def fits(x: Tensor, *weights: Tensor | None) -> bool:
         if weight.dtype != x.dtype and autocast_dtype(x.device) is None:
             return False
     return True
+
+
+def norm_fits(x: Tensor, weight: Tensor | None) -> bool:
+    """As fits(), for norms: autocast of a CPU leaves them the dtype of x, our ops give float32."""
+    same = weight is None or weight.dtype == x.dtype
+    return fits(x, weight) and (same or x.device.type != "cpu")
 
 
 def linear_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
@@ -212,5 +220,5 @@ def _adds(norm: Any, x: Tensor, residual: Tensor) -> bool:
         and is_bare(norm)
         and x.shape == residual.shape
         and x.dtype == residual.dtype
-        and fits(x, norm.weight)
+        and norm_fits(x, norm.weight)
     )

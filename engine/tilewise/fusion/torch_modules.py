@@ -20,6 +20,7 @@ from .swapping import (
     activation_name,
     fits,
     norm_and_sum,
+    norm_fits,
     norm_of_sum,
     own_class,
     two_layers,
@@ -35,7 +36,7 @@ class LayerNorm(Fused):
         return None if dims == 1 else f"it normalises over {dims} dims, layer_norm over the last"
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not fits(input, self.weight):
+        if not norm_fits(input, self.weight):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, eps=self.eps)
 
@@ -49,7 +50,7 @@ class RMSNorm(Fused):
         return None if dims == 1 else f"it normalises over {dims} dims, rms_norm over the last"
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not fits(x, self.weight):
+        if not norm_fits(x, self.weight):
             return super().forward(x)
         eps = self.eps
         if eps is None:  # torch takes that of the dtype it sums in
