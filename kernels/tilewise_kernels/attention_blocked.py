@@ -187,9 +187,7 @@ def _term(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor | None:
     return _hide(torch.zeros(shape, device=scores.device), how, at, shift)
 
 
-def _native_softmax(
-    scores: Tensor, how: Scoring, at: Block, shift: int
-) -> tuple[Tensor, Tensor]:
+def _native_softmax(scores: Tensor, how: Scoring, at: Block, shift: int) -> tuple[Tensor, Tensor]:
     """(P in bfloat16, lse) of what _products made of bfloat16; P is 0 in rows with no key."""
     causal = how.right >= 0 and at.keys.stop == at.rows.stop + shift + how.right
     if causal:
@@ -237,7 +235,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: Scoring, at: Block) -> tuple[T
 
 def _operands(k: Tensor, v: Tensor, how: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """k and v with their padding zeroed, in the dtype of the products."""
-    return tuple(zero_padding(t, how.key_lengths).to(dtype) for t in (k, v))
+    return zero_padding(k, how.key_lengths).to(dtype), zero_padding(v, how.key_lengths).to(dtype)
 
 
 def _product_dtype(q: Tensor) -> torch.dtype:
@@ -257,7 +255,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, T
 
 
 def _block_rows(q: Tensor, k: Tensor, how: Scoring) -> int:
-    """How many queries a block has: on a CPU, where no block leaves out keys, what fills a cache."""
+    """How many queries a block has: on a CPU, where no block skips keys, what fills a cache."""
     if not q.is_cpu or how.left >= 0 or how.right >= 0:
         return BLOCK_ROWS
     group, sk = q.shape[1] // k.shape[1], k.shape[2]

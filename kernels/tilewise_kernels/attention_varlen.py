@@ -141,7 +141,6 @@ def _by_runs(name: str) -> Implementation:
         refuses=lambda q, k, v, cu_q, cu_k, *scoring: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring
         ),
-        slower=lambda q, k, v, cu_q, cu_k, *scoring: way.slower(q, k, v, *NO_MASKS, *scoring),
         refuses_backward=lambda grad, q, k, v, out, lse, cu_q, cu_k, *rest: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *rest[:-1]
         ),
