@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -36,13 +37,19 @@ def run(arguments: list[str], cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def build_wheel(folder: Path, extension: str) -> Path:
-    sources = folder / "sources"  # a copy: building leaves files beside the sources
+def copied_sources(folder: Path) -> Path:
+    """The repository's files below `folder`: building leaves files beside the sources."""
+    sources = folder / "sources"
     files = run(["git", "ls-files", "-co", "--exclude-standard"], ROOT).splitlines()
     for name in files:
         if (ROOT / name).is_file():
             (sources / name).parent.mkdir(parents=True, exist_ok=True)
             (sources / name).write_bytes((ROOT / name).read_bytes())
+    return sources
+
+
+def build_wheel(folder: Path, extension: str) -> Path:
+    sources = copied_sources(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     run([*pip, "-w", str(folder), str(sources)], folder, TILEWISE_BUILD_EXT=extension)
     (wheel,) = folder.glob("tilewise-*.whl")
@@ -73,6 +80,18 @@ def test_pure_wheel(tmp_path: Path) -> None:
     assert weights.file_size <= 4_000_000
     assert not any(name.endswith(".so") for name in names)
     assert install_and_use(wheel, tmp_path) == ["reference", "2030年5月5日"]
+
+
+def test_sdist_holds_every_native_source(tmp_path: Path) -> None:
+    """Also where it is made without the extension, whose sources setuptools would add."""
+    sources = copied_sources(tmp_path)
+    build = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    run(build, sources, TILEWISE_BUILD_EXT="0")
+    (archive,) = tmp_path.glob("tilewise-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        found = {name.partition("/")[2] for name in opened.getnames()}
+    native = {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
+    assert any(name.endswith(".cu") for name in native) and native <= found, native - found
 
 
 @pytest.mark.long
