@@ -27,6 +27,7 @@ void check(const Tensor& logits, const Tensor& target) {
   constexpr auto op = "cross_entropy";
   check_min_rank(op, "logits", logits, 1);
   check_dtype(op, "logits", logits, {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf});
+  TORCH_CHECK_VALUE(logits.size(-1) > 0, op, ": logits have no classes; pass 1 or more columns.");
   check_dtype(op, "target", target, {at::kLong});
   check_same_device(op, "target", target, "logits", logits);
   TORCH_CHECK_VALUE(target.sizes() == logits.sizes().slice(0, logits.dim() - 1), op,

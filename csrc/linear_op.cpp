@@ -24,6 +24,7 @@ void check(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& s
   check_dtype("linear", "panels", panels, {at::kFloat, at::kBFloat16, at::kChar});
   TORCH_CHECK_VALUE(runs(panels.scalar_type()), "linear: this CPU has no kernel for panels of ",
                     panels.scalar_type(), ". Pack the weight again here.");
+  TORCH_CHECK_VALUE(x.size(-1) > 0, "linear: x has no columns to multiply; pass 1 or more.");
   const int64_t g = per_word(panels.scalar_type());
   const int64_t shape[] = {(n + kPanel - 1) / kPanel, 1 + (x.size(-1) + g - 1) / g, kPanel, g};
   TORCH_CHECK_VALUE(n >= 0 && panels.sizes() == at::IntArrayRef(shape) && panels.is_contiguous(),

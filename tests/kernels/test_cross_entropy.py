@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise_kernels import cross_entropy, explain, force, lazy_triton
+from tilewise_kernels import cross_entropy, explain, force, lazy_triton, native
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 
 INF, NAN = math.inf, math.nan
@@ -283,3 +283,9 @@ def test_a_target_out_of_range(value, way):
 def test_bad_input(arguments, options, message):
     with pytest.raises(ArgumentError, match=f"cross_entropy: {message}"):
         cross_entropy(*arguments, **options)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_the_native_op_takes_no_logits_without_classes():
+    with pytest.raises(ValueError, match="no classes"):
+        native.op("cross_entropy_forward")(torch.ones(3, 0), T[0], -100, 0.0, 0.0, "mean")

@@ -425,3 +425,5 @@ def test_the_native_op_checks_its_own_arguments():
         raw(normal(2, 36), packed.weight, None, None, 50)
     with pytest.raises(ValueError, match="scale and bias must be"):
         raw(normal(2, 36), packed.weight, packed.scale[:-1], None, 50)
+    with pytest.raises(ValueError, match="x has no columns"):
+        raw(normal(2, 0), torch.zeros(1, 1, 48, 1), None, None, 48)
