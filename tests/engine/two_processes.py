@@ -1,4 +1,5 @@
-"""Run by test_integration.py in two processes of one gloo group: DDP and FSDP2 over our layers.
+"""Run by test_integration.py in two processes of one gloo group: DDP and FSDP2 over our layers
+and over a model that fuse() changed.
 
     torchrun --nproc-per-node 2 tests/engine/two_processes.py
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import tilewise
 from tilewise.config import ModelConfig
 from tilewise.layers import TransformerLayer
 
@@ -61,29 +63,46 @@ def assert_same_weights(model: nn.Module, alone: nn.Module, kind: str) -> None:
         torch.testing.assert_close(whole(ours), theirs, msg=lambda m, n=name: f"{kind} {n}: {m}")
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    torch.manual_seed(0)
-    alone, x = Stack(), torch.randn(4, 6, 16)
-    mine = x[2 * rank : 2 * rank + 2]
+def fused() -> nn.Module:
+    """Somebody else's encoder, fused, in training mode; without dropout."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    report = tilewise.fuse(model)
+    assert report.replaced and model.training
+    return model
+
+
+def shard(model: nn.Module, **options: MixedPrecisionPolicy) -> None:
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def check(alone: nn.Module, x: Tensor, kind: str) -> None:
+    """alone: layers in `layers`, on x [B, S, E]; the two processes have half of x each."""
+    mine = x.chunk(2)[dist.get_rank()]
     replicated = DistributedDataParallel(copy.deepcopy(alone))
     sharded, half = copy.deepcopy(alone), copy.deepcopy(alone)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for model, options in ((sharded, {}), (half, {"mp_policy": policy})):
-        for layer in model.layers:
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
+    shard(sharded)
+    half_types = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(half, mp_policy=half_types)
     expected = train(alone, x)
     train(replicated, mine)
-    assert_same_weights(replicated, alone, "DDP")
+    assert_same_weights(replicated, alone, f"{kind}, DDP")
     train(sharded, mine)
-    assert_same_weights(sharded, alone, "FSDP2")
-    found = train(half, mine)
-    total = torch.stack(found)
+    assert_same_weights(sharded, alone, f"{kind}, FSDP2")
+    total = torch.stack(train(half, mine))
     dist.all_reduce(total)
     torch.testing.assert_close(total / 2, torch.stack(expected), rtol=0.05, atol=0.05)
-    if rank == 0:
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 16)
+    check(Stack(), x, "ours")
+    check(fused(), x, "fused")
+    if dist.get_rank() == 0:
         print("DDP and FSDP2 agree with one process")
     dist.destroy_process_group()
 
