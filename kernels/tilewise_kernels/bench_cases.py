@@ -120,9 +120,11 @@ def _attention_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
 
 def _varlen_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     b, h, s, d = shape
-    ends = draw.lengths(b, s).cumsum(0)
+    lengths = draw.lengths(b, s)
+    ends = lengths.cumsum(0)
     made = {name: draw.normal(int(ends[-1]), h, d) for name in ("q", "k", "v")}
-    return made | {"cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int()}
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int()
+    return made | {"cu_seqlens": cu_seqlens, "longest": int(lengths.max())}
 
 
 def _decode_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
@@ -180,7 +182,8 @@ def _rotary_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
     made = {"q": draw.normal(b, h, s, d), "k": draw.normal(b, o.heads_kv or h, s, d)}
     rates = 10000.0 ** -(torch.arange(0, d, 2, device=draw.device) / d)
     angles = torch.arange(s, device=draw.device)[:, None] * rates
-    return made | {"cos": angles.cos().to(draw.dtype), "sin": angles.sin().to(draw.dtype)}
+    made |= {"cos": angles.cos().to(draw.dtype), "sin": angles.sin().to(draw.dtype)}
+    return made | {f"{name} doubled": made[name].repeat(1, 2) for name in ("cos", "sin")}
 
 
 def _cross_entropy_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
@@ -333,7 +336,7 @@ CASES: Mapping[str, Case] = {
              rounding=lambda o: 0.02 if o.int8 else 0.0),
         Case("rotary", "BxHxSxD", (4, 12, 512, 64), ("heads_kv",), _rotary_inputs,
              lambda t, o: rotary(t["q"], t["k"], t["cos"], t["sin"]),
-             eager.rotary, fixed=("cos", "sin")),
+             eager.rotary, fixed=("cos", "sin", "cos doubled", "sin doubled")),
         Case("log_softmax", "...xN", (256, 50257), (), _softmax_inputs,
              lambda t, o: log_softmax(t["x"]), eager.log_softmax),
         Case("log_softmax_topk", "MxV", (32, 50257), ("top",), _softmax_inputs,

@@ -195,8 +195,8 @@ def feed_forward(t: Tensors, o: Options) -> Tensor:
 
 
 def rotary(t: Tensors, o: Options) -> tuple[Tensor, Tensor]:
-    """As LLaMA's is written: x cos + rotate_half(x) sin."""
-    cos, sin = (torch.cat([t[name], t[name]], -1) for name in ("cos", "sin"))
+    """As LLaMA's is written: x cos + rotate_half(x) sin, the tables [S, D] made beforehand."""
+    cos, sin = t["cos doubled"], t["sin doubled"]
 
     def turned(x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
