@@ -208,7 +208,7 @@ def tests(run: Run) -> None:
     with ThreadPoolExecutor(hands) as pool:
         said = [pool.submit(follow_tests, run, process) for process in processes]
         wait(said, timeout=max(1, run.left - 15))  # so that pytest still shows what failed
-        late = [process for process in processes if process.poll() is None]
+        late = [p for p, words in zip(processes, said, strict=True) if not words.done()]
         for process in late:
             process.send_signal(signal.SIGINT)
         for words in said:
