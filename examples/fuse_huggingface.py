@@ -7,6 +7,8 @@ from from_pretrained does as well), fuses it, checks that it still generates the
 times both. Needs transformers.
 """
 
+import copy
+import statistics
 import time
 
 import torch
@@ -22,15 +24,17 @@ def new_model() -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def milliseconds(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """The fastest of ten forward passes."""
-    best = float("inf")
+def milliseconds(models: list[torch.nn.Module], batch: dict[str, torch.Tensor]) -> list[float]:
+    """The median of ten forward passes of each model, taken in turns so that a busy machine
+    slows both."""
+    taken: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(10):
-            start = time.perf_counter()
-            model(**batch)
-            best = min(best, time.perf_counter() - start)
-    return best * 1e3
+            for model, times in zip(models, taken, strict=True):
+                start = time.perf_counter()
+                model(**batch)
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) * 1e3 for times in taken]
 
 
 def main() -> None:
@@ -40,14 +44,14 @@ def main() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     prompt = {name: tensor[:1, :8] for name, tensor in batch.items()}
     before = model.generate(**prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    eager = milliseconds(model, batch)
+    eager = copy.deepcopy(model)
 
     report = tilewise.fuse(model, example=batch)
     print(report)
 
     after = model.generate(**prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
     print("same tokens:", torch.equal(before, after))
-    print(f"eager {eager:.1f} ms, fused {milliseconds(model, batch):.1f} ms")
+    print("eager {:.1f} ms, fused {:.1f} ms".format(*milliseconds([eager, model], batch)))
     report.revert()
     print("reverted:", type(model.transformer.h[0].mlp).__name__)
 
