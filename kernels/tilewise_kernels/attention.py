@@ -147,8 +147,8 @@ OP = Op(
             devices=("cpu",),
             refuses=attention_cpu.refuses,
             slower=_torch_slower,
-            refuses_backward=lambda grad, q, k, v, out, lse, *rest: attention_cpu.refuses(
-                q, k, v, *rest[:-1]
+            refuses_backward=lambda grad, q, k, v, out, lse, *rest: (
+                _torch_slower(q, k, v, *rest[:-1]) or attention_cpu.refuses(q, k, v, *rest[:-1])
             ),
         ),
         Implementation("blocked", blocked, blocked_backward),

@@ -141,8 +141,9 @@ def _by_runs(name: str) -> Implementation:
         refuses=lambda q, k, v, cu_q, cu_k, *scoring: way.refuses(
             _whole(q), _whole(k), _whole(v), *NO_MASKS, *scoring
         ),
-        refuses_backward=lambda grad, q, k, v, out, lse, cu_q, cu_k, *rest: way.refuses(
-            _whole(q), _whole(k), _whole(v), *NO_MASKS, *rest[:-1]
+        refuses_backward=lambda grad, q, k, v, out, lse, cu_q, cu_k, *rest: (
+            way.slower(_whole(q), _whole(k), _whole(v), *NO_MASKS, *rest[:-1])
+            or way.refuses(_whole(q), _whole(k), _whole(v), *NO_MASKS, *rest[:-1])
         ),
     )
 
