@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .checkpoints import check_weights, copy_weights, open_weights, read_config, write_folder
 from .config import ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, TokenizerError
-from .families import family_of
+from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
 from .models import ModelOutput, Seq2Seq, build
 from .text import Tokenizer, load_tokenizer
@@ -104,7 +104,7 @@ class Model(nn.Module):
         write_folder(
             folder,
             kept | stored | family.config_to(self.config),
-            family.tensors_to(self.config, state),
+            tensors_to(self.config, state),
             extra,
         )
 
@@ -147,10 +147,10 @@ def load(
     wanted, place = _dtype(dtype), _device(device)
     raw = read_config(folder)
     family = family_of(raw)
-    config = family.config_from(raw)
     weights = open_weights(folder)
-    tokenizer = load_tokenizer(folder)
     names = set(weights.tensors)
+    config = family.config_from(raw, names)
+    tokenizer = load_tokenizer(folder)
     rules = family.rules(config, names)
     more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
     with _Uninitialised():

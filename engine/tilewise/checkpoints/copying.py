@@ -20,12 +20,14 @@ class WeightRule:
 
     `transform` takes the source tensors in order and returns the target's values: a transpose, a
     slice of a fused projection, a concatenation. It also runs on meta tensors, to learn the shape
-    it makes; without it there is one source, taken as it is.
+    it makes; without it there is one source, taken as it is. `inverse` gives the sources' values,
+    a tuple, from the target's.
     """
 
     target: str
     source: str | tuple[str, ...]
     transform: Callable[..., Tensor] | None = None
+    inverse: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -33,6 +35,10 @@ class WeightRule:
 
     def apply(self, *tensors: Tensor) -> Tensor:
         return self.transform(*tensors) if self.transform else tensors[0]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """The sources' values, in order, of the target's: the way back."""
+        return self.inverse(values) if self.inverse else (values,)
 
 
 def check_weights(

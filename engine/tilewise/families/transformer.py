@@ -7,34 +7,48 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ..checkpoints import WeightRule
 from ..config import ModelConfig
 from ..errors import ConfigError
+from ..models import build
 
-MODEL_TYPE = "tilewise-transformer"
+MODEL_TYPES = ("tilewise-transformer",)
+EXAMPLES: tuple[dict[str, Any], ...] = ()  # transformers has no such class
 SHARED = "decoder.embedding.tokens.weight"  # a Seq2Seq's second name for its one embedding
-HEADS = ("lm_head.weight", "decoder.lm_head.weight")
 
 
-def config_from(raw: Mapping[str, Any]) -> ModelConfig:
+def config_from(raw: Mapping[str, Any], names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a config.json we wrote; keys that are not ours are left alone."""
     ours = {field.name: field for field in dataclasses.fields(ModelConfig)}
     values = {name: value for name, value in raw.items() if name in ours}
     required = [name for name, f in ours.items() if f.default is dataclasses.MISSING]
     absent = [name for name in required if name not in values]
     if absent:
-        raise ConfigError(f"config.json lacks {', '.join(absent)}, which {MODEL_TYPE} needs")
-    eos = values.get("eos_token_id", ())
-    if not isinstance(eos, (list, tuple)):
-        raise ConfigError(f"eos_token_id is {eos!r}; it must be a list of ids")
-    return ModelConfig(**(values | {"eos_token_id": tuple(eos)}))
+        raise ConfigError(f"config.json lacks {', '.join(absent)}, which {raw['model_type']} needs")
+    for name in ("eos_token_id", "windows"):
+        value = values.setdefault(name, ())
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} is {value!r}; it must be a list")
+        values[name] = tuple(value)
+    return ModelConfig(**values)
 
 
-def rules(config: ModelConfig, names: set[str]) -> list[WeightRule]:
-    """Every tensor under its own name."""
-    return [WeightRule(name, name) for name in sorted(names)]
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """ModelConfig's fields as they are."""
+    return config.to_dict()
+
+
+def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
+    """Every tensor under its own name, but for those that repeat another."""
+    if names is None:
+        with torch.device("meta"):
+            names = set(build(config).state_dict())
+    repeated = {SHARED} if config.share_embeddings else set()
+    if config.tie_embeddings:
+        repeated |= {name for name in names if name.endswith(("lm_head.weight", "output.weight"))}
+    return [WeightRule(name, name) for name in sorted(names - repeated)]
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
@@ -45,14 +59,3 @@ def ignored(config: ModelConfig, names: set[str]) -> set[str]:
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
     """Repeated tensors are left out when saving, so none are in the file."""
     return {}
-
-
-def config_to(config: ModelConfig) -> dict[str, Any]:
-    """ModelConfig's fields as they are."""
-    return config.to_dict()
-
-
-def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """state_dict without the names that repeat the shared embedding."""
-    repeated = {SHARED, *HEADS} if config.tie_embeddings else {SHARED}
-    return {name: tensor for name, tensor in state.items() if name not in repeated}

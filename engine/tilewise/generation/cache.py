@@ -71,6 +71,7 @@ class CachedSteps:
         positions = torch.arange(self.longest, device=rows.device)
         hidden = self.decoder.run(
             self.decoder.embedding(self.prompts, positions),
+            positions,
             memory=self.memories,
             cache=cache,
         )
@@ -89,6 +90,7 @@ class CachedSteps:
         cache = self._layers(self.rows, self.lengths, self.beam_index, prompt=False)
         hidden = self.decoder.run(
             self.decoder.embedding(tokens[:, None], positions[:, None]),
+            positions[:, None],
             memory=self.memories,
             cache=cache,
         )

@@ -123,7 +123,7 @@ def _ragged(
     """Prompts as lists of ids, checked against the vocabulary and the context."""
     if isinstance(ids, Tensor):
         if attention_mask is None:
-            check_ids(name, ids, config.vocab_size, config.max_positions)
+            check_ids(name, ids, config.vocab_size, config.position_limit)
             return ids.tolist()
         check_ids(name, ids, config.vocab_size, ids.shape[-1] if ids.dim() else 0)
         check_mask("attention_mask", attention_mask, ids)
@@ -146,9 +146,10 @@ def _ragged(
                     f"{name}[{i}] holds the id {token}; the vocabulary is "
                     f"0..{config.vocab_size - 1}"
                 )
-        if len(row) > config.max_positions:
+        limit = config.position_limit
+        if limit is not None and len(row) > limit:
             raise ArgumentError(
-                f"{name}[{i}] is {len(row)} tokens long; the model has {config.max_positions} "
+                f"{name}[{i}] is {len(row)} tokens long; the model has {limit} "
                 "positions: shorten it"
             )
         rows.append(list(row))

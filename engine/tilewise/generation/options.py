@@ -8,6 +8,7 @@ from ..config import ModelConfig
 from ..errors import ArgumentError
 
 DEFAULT_NEW_TOKENS = 20
+MOST_POSITIONS = 2**31 - 1  # where no table of positions ends earlier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ def resolve(
 def _with_length(
     options: GenerationOptions, config: ModelConfig, prompt_length: int
 ) -> GenerationOptions:
-    room = config.max_positions - prompt_length
+    limit = config.position_limit or MOST_POSITIONS
+    room = limit - prompt_length
     new = options.max_new_tokens
     if new is None and options.max_length is not None:
         new = options.max_length - prompt_length
@@ -82,7 +84,7 @@ def _with_length(
     if new > room:
         raise ArgumentError(
             f"the prompt has {prompt_length} tokens and max_new_tokens is {new}, but the model has "
-            f"{config.max_positions} positions; shorten the prompt or ask for at most {room}"
+            f"{limit} positions; shorten the prompt or ask for at most {room}"
         )
     if options.min_new_tokens > new:
         raise ArgumentError(
@@ -93,7 +95,7 @@ def _with_length(
 
 
 def _check(options: GenerationOptions, config: ModelConfig) -> None:
-    vocab = config.vocab_size
+    vocab = config.output_vocab_size
     _whole("num_beams", options.num_beams, 1, vocab, "the vocabulary")
     _whole("num_return_sequences", options.num_return_sequences, 1, options.num_beams, "num_beams")
     for name in ("max_new_tokens", "max_length"):

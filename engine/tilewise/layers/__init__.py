@@ -2,8 +2,8 @@
 
 from .attention import LayerCache, Memory, MultiHeadAttention
 from .feed_forward import FeedForward
-from .norm import LayerNorm, RMSNorm
-from .positions import Embedding, sinusoids
+from .norm import LayerNorm, RMSNorm, norm_of
+from .positions import Embedding, PositionTerms, StackPositions, alibi_slopes, sinusoids
 from .transformer_layer import TransformerLayer
 
 __all__ = [
@@ -13,7 +13,11 @@ __all__ = [
     "LayerNorm",
     "Memory",
     "MultiHeadAttention",
+    "PositionTerms",
     "RMSNorm",
+    "StackPositions",
     "TransformerLayer",
+    "alibi_slopes",
+    "norm_of",
     "sinusoids",
 ]

@@ -1,18 +1,23 @@
 """Multi-head attention over itself, over a memory, or over a cache of its own past.
 
-Shapes: x [R, S, E]; memory [M, N, E]; heads [R, H, S, D] with E = H * D.
+Shapes: x [R, S, E]; memory [M, N, E]; heads [R, H, S, D], where H * D may differ from E.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise_kernels import attention, decode_attention
+from tilewise_kernels import attention, decode_attention, rotary
 from tilewise_kernels.checks import fail, is_float_tensor, matches, shape_of
 from tilewise_kernels.errors import ArgumentError
 from tilewise_kernels.op import autocast_dtype
+
+from .positions import PositionTerms
+
+NO_TERMS = PositionTerms()
+MAP_COLUMNS = 64  # of an attention map that are found at a time
 
 
 class LayerCache(NamedTuple):
@@ -62,6 +67,7 @@ class MultiHeadAttention(nn.Module):
 
     in_proj_weight holds the rows of q, k and v in that order: [(H + 2 Hkv) * D, E]; with Hkv = H
     the state_dict of torch.nn.MultiheadAttention(E, H) loads as it is. Batch comes first.
+    head_size: D, E / H when None. window: how many keys on either side a query sees, None = all.
     Source: Vaswani et al. 2017, section 3.2; grouped keys: Ainslie et al. 2023.
     """
 
@@ -71,22 +77,27 @@ class MultiHeadAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int | None = None,
         *,
+        head_size: int | None = None,
         bias: bool = True,
         scale: float | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(num_heads, kv_heads) < 1 or size % num_heads or num_heads % kv_heads:
+        fits = head_size is not None or (num_heads > 0 and size % num_heads == 0)
+        if min(num_heads, kv_heads) < 1 or not fits or num_heads % kv_heads:
             raise ArgumentError(
                 f"MultiHeadAttention: {num_heads} heads and {kv_heads} key heads do not fit size "
                 f"{size}; heads must divide the size, and key heads the heads"
             )
-        self.num_heads, self.kv_heads, self.head_size = num_heads, kv_heads, size // num_heads
+        self.num_heads, self.kv_heads = num_heads, kv_heads
+        self.head_size = size // num_heads if head_size is None else head_size
         self.scale = scale
+        self.window = None if window is None else (window, window)
         packed = (num_heads + 2 * kv_heads) * self.head_size
         self.in_proj_weight = nn.Parameter(torch.empty(packed, size))
         self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias else None
-        self.out_proj = nn.Linear(size, size, bias=bias)
+        self.out_proj = nn.Linear(num_heads * self.head_size, size, bias=bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(
@@ -98,6 +109,8 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         key_lengths: Tensor | None = None,
         cache: LayerCache | None = None,
+        terms: PositionTerms = NO_TERMS,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
         """[R, S, E] to [R, S, E].
 
@@ -105,28 +118,36 @@ class MultiHeadAttention(nn.Module):
         it has fewer rows than x, each memory row serves R / M consecutive rows of x (the beams of
         one sentence), which share its keys. mask: bool (True = attend) or float, broadcastable to
         [R, H, S, keys]. key_lengths: [rows of keys]. cache: write x's keys there, attend to it.
+        terms: what positions do to queries, keys and scores. maps: a list that gets the attention
+        probabilities [R, H, S, keys] appended (not of a step from a cache).
         """
         if memory is not None:
             if not isinstance(memory, Memory):
                 memory = self.remember(memory, key_lengths)
-            return self._attend_memory(x, memory, mask)
+            return self._attend_memory(x, memory, mask, maps)
         q, k, v = self._project(x, 0, self.num_heads + 2 * self.kv_heads).split(
             [self.num_heads, self.kv_heads, self.kv_heads], dim=1
         )
+        turned = terms.rotary if self.window is None else terms.local_rotary
+        if turned is not None:
+            q, k = rotary(q, k, *turned)
         if cache is not None:
             cache.write(k, v)
+        shared: Any = {
+            "scale": self.scale,
+            "window": self.window,
+            "bias": terms.bias,
+            "alibi_slopes": terms.alibi_slopes,
+        }
         if cache is None or cache.prompt:
-            out = attention(
-                q, k, v, mask=mask, causal=causal, key_lengths=key_lengths, scale=self.scale
-            )
+            how = shared | {"mask": mask, "causal": causal, "key_lengths": key_lengths}
+            out = attention(q, k, v, **how)
+            if maps is not None:
+                maps.append(attention_map(q, k, **how))
         else:
+            index = cache.beam_index
             out = decode_attention(
-                q,
-                cache.keys,
-                cache.values,
-                cache.lengths,
-                beam_index=cache.beam_index,
-                scale=self.scale,
+                q, cache.keys, cache.values, cache.lengths, beam_index=index, **shared
             )
         return self._merge(out)
 
@@ -136,7 +157,9 @@ class MultiHeadAttention(nn.Module):
         keys, values = both.split(self.kv_heads, dim=1)
         return Memory(keys, values, lengths)
 
-    def _attend_memory(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:
+    def _attend_memory(
+        self, x: Tensor, memory: Memory, mask: Tensor | None, maps: list[Tensor] | None
+    ) -> Tensor:
         rows, length, size = x.shape
         sentences = memory.keys.shape[0]
         if rows != sentences:  # beams become queries of their sentence
@@ -147,9 +170,10 @@ class MultiHeadAttention(nn.Module):
                 )
             x = x.reshape(sentences, -1, size)
         q = self._project(x, 0, self.num_heads)
-        out = attention(
-            q, memory.keys, memory.values, mask=mask, key_lengths=memory.lengths, scale=self.scale
-        )
+        how: Any = {"mask": mask, "key_lengths": memory.lengths, "scale": self.scale}
+        out = attention(q, memory.keys, memory.values, **how)
+        if maps is not None:
+            maps.append(attention_map(q, memory.keys, **how))
         return self._merge(out).reshape(rows, length, size)
 
     def _project(self, x: Tensor, first_head: int, heads: int) -> Tensor:
@@ -168,3 +192,11 @@ class MultiHeadAttention(nn.Module):
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def attention_map(q: Tensor, k: Tensor, **how: Any) -> Tensor:
+    """The probabilities [R, H, S, N] of `attention` with these arguments: values = the identity."""
+    one = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+    columns = one.split(MAP_COLUMNS, 1)
+    shape = (*k.shape[:2], -1, -1)
+    return torch.cat([attention(q, k, part.expand(shape), **how) for part in columns], -1)

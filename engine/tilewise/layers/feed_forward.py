@@ -1,11 +1,12 @@
-"""The position-wise network of a Transformer: Linear, activation, Linear.
+"""The position-wise network of a Transformer: Linear, activation, Linear; or its gated form.
 
 Shapes: x [..., E]; hidden [..., F].
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tilewise_kernels import feed_forward
+from tilewise_kernels import feed_forward, linear_act
 
 from ..config import Activation
 
@@ -13,23 +14,44 @@ from ..config import Activation
 class FeedForward(nn.Module):
     """act(x W1^T + b1) W2^T + b2 as one op; saves the pre-activation only.
 
-    Parameters linear1 [F, E] and linear2 [E, F] are named as in torch.nn.TransformerEncoderLayer.
-    Source: Vaswani et al. 2017, section 3.3.
+    gated: act(x W1^T + b1) * (x Wg^T + bg) in place of the activation. Parameters linear1 [F, E],
+    linear2 [E, F] and gate [F, E]; the first two named as in torch.nn.TransformerEncoderLayer.
+    Source: Vaswani et al. 2017, section 3.3; gated: Shazeer 2020.
     """
 
-    def __init__(self, size: int, ffn_size: int, activation: Activation = "relu") -> None:
+    def __init__(
+        self,
+        size: int,
+        ffn_size: int,
+        activation: Activation = "relu",
+        *,
+        gated: bool = False,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(size, ffn_size)
-        self.linear2 = nn.Linear(ffn_size, size)
+        self.linear1 = nn.Linear(size, ffn_size, bias=bias)
+        self.linear2 = nn.Linear(ffn_size, size, bias=bias)
+        self.gate = nn.Linear(size, ffn_size, bias=bias) if gated else None
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] to [..., E]."""
-        return feed_forward(
-            x,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-            activation=self.activation,
-        )
+        return run_feed_forward(x, self.linear1, self.linear2, self.gate, self.activation)
+
+
+def run_feed_forward(
+    x: Tensor, linear1: nn.Linear, linear2: nn.Linear, gate: nn.Linear | None, activation: str
+) -> Tensor:
+    """FeedForward of modules that stand in another: [..., E] to [..., E]."""
+    if gate is not None and gate.bias is not None:  # the op's gate has no bias
+        inner = linear_act(x, linear1.weight, linear1.bias, activation=activation)
+        return linear2(inner * F.linear(x, gate.weight, gate.bias))
+    return feed_forward(
+        x,
+        linear1.weight,
+        linear1.bias,
+        linear2.weight,
+        linear2.bias,
+        activation=activation,
+        gate=None if gate is None else gate.weight,
+    )

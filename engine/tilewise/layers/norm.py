@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tilewise_kernels import layer_norm, rms_norm
 from tilewise_kernels.errors import ArgumentError
 
+from ..config import ModelConfig
+
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last dim, with its parameters and state_dict, on our kernel."""
@@ -74,3 +76,11 @@ class RMSNorm(nn.RMSNorm):
         if self.eps is not None:
             return self.eps
         return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+
+def norm_of(config: ModelConfig, size: int | None = None) -> LayerNorm | RMSNorm:
+    """The norm that a configuration names, over its hidden size or another."""
+    size = config.hidden_size if size is None else size
+    if config.norm == "rms":
+        return RMSNorm(size, eps=config.norm_eps)
+    return LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)

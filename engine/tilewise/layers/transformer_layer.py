@@ -5,12 +5,13 @@ Shapes: x [R, S, E].
 
 from torch import Tensor, nn
 
-from tilewise_kernels import feed_forward
 from tilewise_kernels.errors import ArgumentError
 
 from ..config import ModelConfig
-from .attention import LayerCache, Memory, MultiHeadAttention
-from .norm import LayerNorm
+from .attention import NO_TERMS, LayerCache, Memory, MultiHeadAttention
+from .feed_forward import run_feed_forward
+from .norm import LayerNorm, RMSNorm, norm_of
+from .positions import PositionTerms
 
 
 class TransformerLayer(nn.Module):
@@ -18,29 +19,39 @@ class TransformerLayer(nn.Module):
 
     Parameters are named as in torch.nn.TransformerEncoderLayer and TransformerDecoderLayer.
     Post-norm: x = norm(x + sublayer(x)) (Vaswani et al. 2017). Pre-norm: x = x + sublayer(norm(x))
-    (Xiong et al. 2020); there the residual sum comes out of the next norm's kernel. Dropout of a
-    sublayer's output happens in the norm that follows.
+    (Xiong et al. 2020); there the residual sum comes out of the next norm's kernel. Parallel:
+    x + attention(norm1(x)) + ffn(norm2(x)) (Wang and Komatsuzaki 2021). Dropout of a sublayer's
+    output happens in the norm that follows.
     """
 
     def __init__(self, config: ModelConfig, *, number: int = 1, cross_attention: bool = False):
         super().__init__()
-        size, eps = config.hidden_size, config.norm_eps
+        size, bias = config.hidden_size, config.ffn_bias
         scale = config.attention_scale
         if config.attention_scale_by_layer:
             scale = (config.head_size**-0.5 if scale is None else scale) / number
         self.pre_norm = config.norm_position == "pre"
+        self.parallel, self.residual_from_norm = config.parallel_residual, config.residual_from_norm
         self.activation = config.activation
-        self.self_attn = MultiHeadAttention(size, config.num_heads, config.kv_heads, scale=scale)
-        self.norm1 = LayerNorm(size, eps=eps)
+        heads = (size, config.num_heads, config.kv_heads)
+        head_size, attention_bias = config.head_size, config.attention_bias
+        window = config.windows[number - 1] if config.windows else None
+        self.self_attn = MultiHeadAttention(
+            *heads, head_size=head_size, bias=attention_bias, scale=scale, window=window
+        )
+        self.norm1: LayerNorm | RMSNorm | None = None
+        if config.first_norm or number > 1:
+            self.norm1 = norm_of(config)
         self.multihead_attn: MultiHeadAttention | None = None
         if cross_attention:
             self.multihead_attn = MultiHeadAttention(
-                size, config.num_heads, config.kv_heads, scale=scale
+                *heads, head_size=head_size, bias=attention_bias, scale=scale
             )
-            self.norm3 = LayerNorm(size, eps=eps)
-        self.linear1 = nn.Linear(size, config.ffn_size)
-        self.linear2 = nn.Linear(config.ffn_size, size)
-        self.norm2 = LayerNorm(size, eps=eps)
+            self.norm3 = norm_of(config)
+        self.linear1 = nn.Linear(size, config.ffn_size, bias=bias)
+        self.linear2 = nn.Linear(config.ffn_size, size, bias=bias)
+        self.gate = nn.Linear(size, config.ffn_size, bias=bias) if config.gated else None
+        self.norm2 = norm_of(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -54,44 +65,57 @@ class TransformerLayer(nn.Module):
         memory_mask: Tensor | None = None,
         memory_lengths: Tensor | None = None,
         cache: LayerCache | None = None,
+        terms: PositionTerms = NO_TERMS,
+        maps: list[Tensor] | None = None,
+        memory_maps: list[Tensor] | None = None,
     ) -> Tensor:
-        """[R, S, E] to [R, S, E]; the masks and the cache are those of MultiHeadAttention."""
+        """[R, S, E] to [R, S, E]; the other arguments are those of MultiHeadAttention."""
         if (memory is None) != (self.multihead_attn is None):
             raise ArgumentError(
                 "TransformerLayer: a layer with cross attention takes a memory, and no other does; "
                 f"memory is {'not given' if memory is None else 'given'}"
             )
-        last_norm = self.norm2 if self.multihead_attn is None else self.norm3
-        inner = self.norm1(x) if self.pre_norm else x
-        step = self.self_attn(inner, mask=mask, causal=causal, key_lengths=key_lengths, cache=cache)
+        inner = self.norm1(x) if self.pre_norm and self.norm1 is not None else x
+        step = self.self_attn(
+            inner,
+            mask=mask,
+            causal=causal,
+            key_lengths=key_lengths,
+            cache=cache,
+            terms=terms,
+            maps=maps,
+        )
+        if self.parallel:
+            both = self.dropout(step) + self.dropout(self._feed_forward(self.norm2(x)))
+            return x + both
+        if self.residual_from_norm:
+            x = inner
+        norms = [self.norm1, self.norm2]
         if self.multihead_attn is not None:
-            inner, x = self._close(self.norm2 if self.pre_norm else self.norm1, step, x)
-            step = self.multihead_attn(inner, memory, mask=memory_mask, key_lengths=memory_lengths)
-            inner, x = self._close(self.norm3 if self.pre_norm else self.norm2, step, x)
-        else:
-            inner, x = self._close(self.norm2 if self.pre_norm else self.norm1, step, x)
+            norms.append(self.norm3)
+            inner, x = self._close(norms[1 if self.pre_norm else 0], step, x)
+            step = self.multihead_attn(
+                inner, memory, mask=memory_mask, key_lengths=memory_lengths, maps=memory_maps
+            )
+        inner, x = self._close(norms[-1] if self.pre_norm else norms[-2], step, x)
         step = self._feed_forward(inner)
         if self.pre_norm:
-            return x + self.dropout(step)
-        return last_norm(step, residual=x, dropout_p=self._dropout_p)
+            return (inner if self.residual_from_norm else x) + self.dropout(step)
+        return norms[-1](step, residual=x, dropout_p=self._dropout_p)  # type: ignore[misc]
 
     @property
     def _dropout_p(self) -> float:
         return self.dropout.p if self.training else 0.0
 
-    def _close(self, norm: LayerNorm, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _close(
+        self, norm: LayerNorm | RMSNorm | None, step: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """End a sublayer: (input of the next sublayer, residual stream)."""
+        assert norm is not None  # only the norm before the first sublayer may be absent
         if self.pre_norm:
             return norm.add(step, x, self._dropout_p)
         x = norm(step, residual=x, dropout_p=self._dropout_p)
         return x, x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return feed_forward(
-            x,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-            activation=self.activation,
-        )
+        return run_feed_forward(x, self.linear1, self.linear2, self.gate, self.activation)

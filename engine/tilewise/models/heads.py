@@ -1,4 +1,4 @@
-"""What a model returns, and the output projections over the vocabulary.
+"""What a model returns, and what stands on its last hidden states.
 
 Shapes: hidden [R, S, E]; logits [R, S, V].
 """
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tilewise_kernels import linear_act
+
 from ..config import ModelConfig
+from ..layers import norm_of
 
 IGNORED_LABEL = -100
 
@@ -18,21 +21,64 @@ class ModelOutput:
     """What one forward pass gave; fields that the model does not have stay None.
 
     logits [R, S, V]; last_hidden_state [R, S, E]; loss a scalar, the mean over labels other than
-    -100; encoder_last_hidden_state [R, N, E].
+    -100; encoder_last_hidden_state [R, N, E]; pooler_output [R, E]; next_sentence_logits [R, 2]
+    (0: the second text follows the first). With output_attentions the probabilities of each layer:
+    attentions [R, H, S, S] (a seq2seq model's decoder), cross_attentions [R, H, S, N],
+    encoder_attentions [R, H, N, N].
     """
 
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
     loss: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    next_sentence_logits: Tensor | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
 
 
-def output_projection(config: ModelConfig, tokens: nn.Embedding) -> nn.Linear:
-    """The bias-free map to the vocabulary, one matrix with the embeddings when they are tied."""
-    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    if config.tie_embeddings:
-        head.weight = tokens.weight
-    return head
+class OutputProjection(nn.Linear):
+    """The map to the vocabulary; one matrix with the embeddings when they are tied.
+
+    Where embeddings have a size of their own, `project` [that size, E] leads to it first.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
+        size = config.embedding_size or config.hidden_size
+        super().__init__(size, config.output_vocab_size, bias=config.output_bias)
+        self.scale = config.output_scale
+        self.project: nn.Linear | None = None
+        if size != config.hidden_size:
+            self.project = nn.Linear(config.hidden_size, size, bias=False)
+        if config.tie_embeddings:
+            self.weight = tokens.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., E] to logits [..., V]."""
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return super().forward(hidden)
+
+
+class MaskedHead(nn.Module):
+    """Linear, activation, norm and the map to the vocabulary (Devlin et al. 2019, appendix)."""
+
+    def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
+        super().__init__()
+        size = config.hidden_size
+        assert config.masked_head is not None
+        self.activation = config.masked_head
+        self.linear = nn.Linear(size, size, bias=config.masked_head_bias)
+        self.norm = norm_of(config)
+        self.output = OutputProjection(config, tokens)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., E] to logits [..., V]."""
+        bent = linear_act(hidden, self.linear.weight, self.linear.bias, activation=self.activation)
+        return self.output(self.norm(bent))
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

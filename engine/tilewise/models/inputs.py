@@ -6,7 +6,9 @@ Shapes: ids [R, S]; attention_mask [R, S], 1 = real token.
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from ..errors import ArgumentError
+from .heads import IGNORED_LABEL
 
 
 def check_ids(name: str, ids: object, vocab_size: int, max_length: int | None = None) -> Tensor:
@@ -46,6 +48,29 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
 def _check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ArgumentError(f"{name} is sparse or nested; pass a dense tensor")
+
+
+def check_labels(labels: Tensor, like: Tensor, vocab_size: int) -> Tensor:
+    """labels as a LongTensor of like's shape, ids or -100; ArgumentError otherwise."""
+    ids = labels.masked_fill(labels == IGNORED_LABEL, 0) if isinstance(labels, Tensor) else labels
+    check_ids("labels", ids, vocab_size)
+    if labels.shape != like.shape:
+        raise ArgumentError(f"labels have shape {list(labels.shape)}; pass {list(like.shape)}")
+    return labels.long()
+
+
+def check_types(token_type_ids: Tensor | None, like: Tensor, config: ModelConfig) -> Tensor | None:
+    """token_type_ids as a LongTensor of like's shape; ArgumentError where the model takes none."""
+    if token_type_ids is None:
+        return None
+    if not config.token_types:
+        raise ArgumentError(f"token_type_ids was given; {config.model_type} takes none")
+    types = check_ids("token_type_ids", token_type_ids, config.token_types)
+    if types.shape != like.shape:
+        raise ArgumentError(
+            f"token_type_ids have shape {list(types.shape)}; pass {list(like.shape)}"
+        )
+    return types
 
 
 def refuse(model_type: str, **arguments: object) -> None:

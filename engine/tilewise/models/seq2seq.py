@@ -3,19 +3,19 @@
 Shapes: input ids [R, N]; decoder ids [R, S]; logits [R, S, V].
 """
 
-import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import ArgumentError, ConfigError
-from .decoder import Decoder, check_labels
+from .decoder import Decoder
 from .encoder import Encoder
 from .heads import IGNORED_LABEL, ModelOutput, initialise, token_loss
-from .inputs import check_ids, refuse
+from .inputs import check_ids, check_labels, refuse
+from .stack import Maps, token_embedding
 
 
 class Seq2Seq(nn.Module):
-    """Encoder and Decoder over one shared embedding matrix. Source: Vaswani et al. 2017."""
+    """Encoder and Decoder, usually over one embedding matrix. Source: Vaswani et al. 2017."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -25,9 +25,10 @@ class Seq2Seq(nn.Module):
                 f"decoder_layers {config.decoder_layers}"
             )
         self.config = config
-        shared = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = Encoder(config, shared)
-        self.decoder = Decoder(config, shared)
+        source = token_embedding(config)
+        target = source if config.share_embeddings else token_embedding(config, target=True)
+        self.encoder = Encoder(config, source)
+        self.decoder = Decoder(config, target)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -36,8 +37,8 @@ class Seq2Seq(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "embedding" not in name and "lm_head" not in name:
                 nn.init.xavier_uniform_(parameter)
-        shared = self.encoder.embedding.tokens.weight
-        nn.init.normal_(shared, std=self.config.hidden_size**-0.5)
+        for stack in (self.encoder, self.decoder):
+            nn.init.normal_(stack.embedding.tokens.weight, std=self.config.hidden_size**-0.5)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Labels [R, S] to decoder inputs: the start token, then all labels but the last."""
@@ -55,6 +56,8 @@ class Seq2Seq(nn.Module):
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        output_attentions: bool = False,
     ) -> ModelOutput:
         """Source ids [R, N] and target ids [R, S] to logits [R, S, V], and loss with labels.
 
@@ -63,23 +66,30 @@ class Seq2Seq(nn.Module):
         """
         config = self.config
         refuse(config.model_type, token_type_ids=token_type_ids)
+        vocab_size = config.output_vocab_size
         if decoder_input_ids is None:
             if labels is None:
                 raise ArgumentError("neither decoder_input_ids nor labels was given; pass one")
-            decoder_input_ids = self.shift_right(check_labels(labels, labels, config.vocab_size))
-        ids = check_ids(
-            "decoder_input_ids", decoder_input_ids, config.vocab_size, config.max_positions
-        )
+            decoder_input_ids = self.shift_right(check_labels(labels, labels, vocab_size))
+        limit = config.position_limit
+        ids = check_ids("decoder_input_ids", decoder_input_ids, vocab_size, limit)
         if labels is not None:
-            labels = check_labels(labels, ids, config.vocab_size)
-        source = check_ids("input_ids", input_ids, config.vocab_size, config.max_positions)
+            labels = check_labels(labels, ids, vocab_size)
+        source = check_ids("input_ids", input_ids, config.vocab_size, limit)
         if len(source) != len(ids):
             raise ArgumentError(
                 f"input_ids has {len(source)} rows and decoder_input_ids {len(ids)}; pass as many"
             )
-        memory, lengths, mask = self.encoder.encode(source, attention_mask)
-        x = self.decoder.embedding(ids, torch.arange(ids.shape[1], device=ids.device))
-        hidden = self.decoder.run(x, memory=memory, memory_lengths=lengths, memory_mask=mask)
-        logits = self.decoder.lm_head(hidden)
-        loss = None if labels is None else token_loss(logits, labels)
-        return ModelOutput(logits, hidden, loss, memory)
+        read, written = (Maps(), Maps()) if output_attentions else (None, None)
+        memory, lengths, mask = self.encoder.encode(source, attention_mask, maps=read)
+        x = self.decoder.embedding(ids, self.decoder.embedding.counted(ids, None))
+        hidden = self.decoder.run(
+            x, memory=memory, memory_lengths=lengths, memory_mask=mask, maps=written
+        )
+        out = ModelOutput(self.decoder.lm_head(hidden), hidden, encoder_last_hidden_state=memory)
+        if labels is not None and out.logits is not None:
+            out.loss = token_loss(out.logits, labels)
+        if read is not None and written is not None:
+            out.encoder_attentions = tuple(read.own)
+            out.attentions, out.cross_attentions = tuple(written.own), tuple(written.memory)
+        return out

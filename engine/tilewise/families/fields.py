@@ -1,0 +1,154 @@
+"""Reading the fields of a config.json, and checking that a written one says the same."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config import Activation, ModelConfig, usable_ids
+from ..errors import ConfigError
+
+Raw = Mapping[str, Any]
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "quick_gelu": "quick_gelu",
+}
+
+
+def count(raw: Raw, name: str, default: int) -> int:
+    """A whole number from 1; ConfigError otherwise, as from every reader here."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+    return value
+
+
+def number(raw: Raw, name: str, default: float) -> float:
+    """A finite number."""
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def flag(raw: Raw, name: str, default: bool) -> bool:
+    """true or false."""
+    value = raw.get(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def activation(raw: Raw, name: str, default: str) -> Activation:
+    """One of ours, by transformers' name for it."""
+    value = raw.get(name, default)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
+
+
+def activation_name(ours: Activation) -> str:
+    """transformers' name for an activation."""
+    return next(theirs for theirs, known in ACTIVATIONS.items() if known == ours)
+
+
+def one_id(raw: Raw, name: str, vocab_size: int, default: int | None = None) -> int | None:
+    """A token id that the vocabulary has, or None."""
+    return next(iter(usable_ids(name, raw.get(name, default), vocab_size)), None)
+
+
+def special_ids(raw: Raw, vocab_size: int, **defaults: int | None) -> dict[str, Any]:
+    """ModelConfig's bos_token_id, eos_token_id, pad_token_id, and decoder_start_token_id if named.
+
+    defaults: what the class assumes where a file is silent, by field; others are None.
+    """
+    names = ["bos_token_id", "pad_token_id"]
+    names += ["decoder_start_token_id"] * ("decoder_start_token_id" in defaults)
+    ids: dict[str, Any] = {n: one_id(raw, n, vocab_size, defaults.get(n)) for n in names}
+    eos = raw.get("eos_token_id", defaults.get("eos_token_id"))
+    return ids | {"eos_token_id": usable_ids("eos_token_id", eos, vocab_size)}
+
+
+def written_ids(config: ModelConfig) -> dict[str, Any]:
+    """The special ids as config.json holds them."""
+    eos = list(config.eos_token_id)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def rotary_fields(raw: Raw, head_size: int, *, base: float = 10_000.0) -> dict[str, Any]:
+    """ModelConfig's rotary fields, from rope_parameters or the older top-level names."""
+    nested = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is {value!r}; it must be an object")
+    found = {**scaling, **nested}
+    kind = found.get("rope_type", found.get("type", "default"))
+    names = {"default": "none", "linear": "linear", "llama3": "llama3"}
+    if kind not in names:
+        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(names)}")
+    theta = raw.get("rope_theta", raw.get("rotary_emb_base", base))
+    share = raw.get("partial_rotary_factor", raw.get("rotary_pct", 1.0))
+    found = {"rope_theta": theta, "partial_rotary_factor": share} | found
+    part = number(found, "partial_rotary_factor", 1.0)
+    if not 0 < part <= 1:
+        raise ConfigError(f"partial_rotary_factor is {part}; it must be above 0 and at most 1")
+    original = count(found, "original_max_position_embeddings", 8192)
+    return {
+        "positions": "rotary",
+        "rotary_dim": None if part == 1 else int(head_size * part),
+        "rotary_base": number(found, "rope_theta", base),
+        "rotary_scaling": names[kind],
+        "rotary_factor": number(found, "factor", 1.0),
+        "rotary_low_factor": number(found, "low_freq_factor", 1.0),
+        "rotary_high_factor": number(found, "high_freq_factor", 4.0),
+        "rotary_original_positions": original,
+    }
+
+
+def written_rotary(config: ModelConfig) -> dict[str, Any]:
+    """rope_parameters as config.json holds them."""
+    kinds = {"none": "default", "linear": "linear", "llama3": "llama3"}
+    found: dict[str, Any] = {
+        "rope_type": kinds[config.rotary_scaling],
+        "rope_theta": config.rotary_base,
+    }
+    if config.rotary_dim is not None:
+        found["partial_rotary_factor"] = config.rotary_dim / config.head_size
+    if config.rotary_scaling != "none":
+        found["factor"] = config.rotary_factor
+    if config.rotary_scaling == "llama3":
+        found["low_freq_factor"] = config.rotary_low_factor
+        found["high_freq_factor"] = config.rotary_high_factor
+        found["original_max_position_embeddings"] = config.rotary_original_positions
+    return {"rope_parameters": found}
+
+
+def same_again(
+    raw: dict[str, Any], config: ModelConfig, read: Callable[[Raw], ModelConfig]
+) -> dict[str, Any]:
+    """raw, if reading it gives config; ConfigError naming what a folder of it cannot say."""
+    heads = None if config.kv_heads == config.num_heads else config.num_kv_heads
+    size = None if config.head_dim == config.hidden_size / config.num_heads else config.head_dim
+    wanted = replace(config, num_kv_heads=heads, head_dim=size).to_dict()
+    found = read(raw)
+    heads = None if found.kv_heads == found.num_heads else found.num_kv_heads
+    size = None if found.head_dim == found.hidden_size / found.num_heads else found.head_dim
+    found_fields = replace(found, num_kv_heads=heads, head_dim=size).to_dict()
+    wrong = [name for name in wanted if wanted[name] != found_fields[name]]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: a {config.model_type} folder cannot say this; save it as a "
+            "model_type that can"
+        )
+    return raw

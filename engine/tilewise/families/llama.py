@@ -1,0 +1,134 @@
+"""LLaMA 1 to 3 (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, grouped keys."""
+
+from typing import Any
+
+from ..checkpoints import WeightRule
+from ..config import ModelConfig
+from .fields import (
+    Raw,
+    activation,
+    activation_name,
+    count,
+    flag,
+    number,
+    rotary_fields,
+    same_again,
+    special_ids,
+    written_ids,
+    written_rotary,
+)
+from .tables import attention, linear, prefixed
+
+MODEL_TYPES = ("llama",)
+SMALL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+EXAMPLES: tuple[dict[str, Any], ...] = (
+    SMALL,
+    SMALL | {"num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True},
+    SMALL | {"num_key_value_heads": 1, "rope_parameters": LLAMA3, "eos_token_id": [2, 3]},
+    SMALL | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    SMALL | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0},
+)
+
+
+def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
+    """Our configuration of a LLaMA config.json; raises ConfigError for what it cannot mean."""
+    size, heads = count(raw, "hidden_size", 4096), count(raw, "num_attention_heads", 32)
+    vocab = count(raw, "vocab_size", 32000)
+    head_dim = count(raw, "head_dim", max(size // heads, 1))
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=vocab,
+        hidden_size=size,
+        num_heads=heads,
+        num_kv_heads=count(raw, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        ffn_size=count(raw, "intermediate_size", 11008),
+        decoder_layers=count(raw, "num_hidden_layers", 32),
+        max_positions=count(raw, "max_position_embeddings", 2048),
+        activation=activation(raw, "hidden_act", "silu"),
+        gated=True,
+        norm="rms",
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        attention_bias=flag(raw, "attention_bias", False),
+        ffn_bias=flag(raw, "mlp_bias", False),
+        tie_embeddings=flag(raw, "tie_word_embeddings", False),
+        **rotary_fields(raw, head_dim),
+        **special_ids(raw, vocab, bos_token_id=1, eos_token_id=2),
+    )
+
+
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a LLaMA folder that transformers reads back; ConfigError if none can."""
+    raw = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.decoder_layers,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": activation_name(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.ffn_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        **written_rotary(config),
+        **written_ids(config),
+    }
+    return same_again(raw, config, config_from)
+
+
+def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
+    """Which tensor of the file fills which of ours."""
+    prefix = prefixed("model.", names)
+    table = [
+        WeightRule("embedding.tokens.weight", prefix + "embed_tokens.weight"),
+        *linear("norm", prefix + "norm", bias=False),
+    ]
+    for i in range(config.decoder_layers):
+        ours, theirs = f"layers.{i}.", f"{prefix}layers.{i}."
+        q, k, v, out = (f"{theirs}self_attn.{x}_proj" for x in "qkvo")
+        table += [
+            *attention(ours + "self_attn", (q, k, v), out, config, bias=config.attention_bias),
+            *linear(ours + "norm1", theirs + "input_layernorm", bias=False),
+            *linear(ours + "norm2", theirs + "post_attention_layernorm", bias=False),
+            *linear(ours + "linear1", theirs + "mlp.gate_proj", bias=config.ffn_bias),
+            *linear(ours + "gate", theirs + "mlp.up_proj", bias=config.ffn_bias),
+            *linear(ours + "linear2", theirs + "mlp.down_proj", bias=config.ffn_bias),
+        ]
+    if not config.tie_embeddings:
+        table.append(WeightRule("lm_head.weight", "lm_head.weight"))
+    return table
+
+
+def ignored(config: ModelConfig, names: set[str]) -> set[str]:
+    """Rotary frequencies that old files carry."""
+    return {name for name in names if name.endswith("rotary_emb.inv_freq")}
+
+
+def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
+    """Names that may repeat another tensor of the file."""
+    tokens = prefixed("model.", names) + "embed_tokens.weight"
+    return {"lm_head.weight": tokens} if config.tie_embeddings else {}

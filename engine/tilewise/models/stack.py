@@ -1,0 +1,91 @@
+"""What an encoder and a decoder have in common: embeddings, layers, positions, a last norm.
+
+Shapes: ids [R, S]; hidden [R, S, E].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..layers import Embedding, LayerCache, Memory, StackPositions, TransformerLayer, norm_of
+
+
+@dataclass
+class Maps:
+    """Attention probabilities asked for, one [R, H, S, keys] per layer: to itself, to a memory."""
+
+    own: list[Tensor] = field(default_factory=list)
+    memory: list[Tensor] = field(default_factory=list)
+
+
+class Stack(nn.Module):
+    """Embeddings and the layers of one side of a model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokens: nn.Embedding,
+        *,
+        layers: int,
+        causal: bool,
+        cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        self.embedding = Embedding(config, tokens)
+        self.position_terms = StackPositions(config, causal=causal)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, number=i + 1, cross_attention=cross_attention)
+            for i in range(layers)
+        )
+        self.norm = norm_of(config) if config.final_norm else None
+
+    def run(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        memory: Tensor | Sequence[Memory] | None = None,
+        memory_mask: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+        maps: Maps | None = None,
+    ) -> Tensor:
+        """Embeddings [R, S, E] through the layers: [R, S, E].
+
+        positions [S] or [R, S]: the columns that x stands at; None: 0 to S - 1. memory: the
+        encoder's output [M, N, E], or each layer's keys and values of it. maps: filled in order.
+        """
+        keys = x.shape[1]
+        if positions is None:
+            positions = torch.arange(keys, device=x.device)
+        elif cache is not None and not cache[0].prompt:
+            index = cache[0].beam_index
+            keys = cache[0].keys.shape[2] if index is None else index.shape[1]
+        terms = self.position_terms(positions, keys, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                mask=mask,
+                causal=self.causal,
+                key_lengths=key_lengths,
+                memory=memory if memory is None or isinstance(memory, Tensor) else memory[i],
+                memory_mask=memory_mask,
+                memory_lengths=memory_lengths,
+                cache=None if cache is None else cache[i],
+                terms=terms,
+                maps=None if maps is None else maps.own,
+                memory_maps=None if maps is None else maps.memory,
+            )
+        return x if self.norm is None else self.norm(x)
+
+
+def token_embedding(config: ModelConfig, *, target: bool = False) -> nn.Embedding:
+    """The embedding matrix of a model, or of the second vocabulary of a seq2seq model."""
+    rows = config.output_vocab_size if target else config.vocab_size
+    return nn.Embedding(rows, config.embedding_size or config.hidden_size)

@@ -1,0 +1,231 @@
+"""Every family against transformers: logits, loss, gradients, generation, the folder and back.
+
+The cases are each family's own EXAMPLES: small config.json contents, odd on purpose, built by the
+class that their "architectures" names, with every parameter random.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tilewise
+from tilewise.families import FAMILIES, tensors_to
+
+CASES = [
+    pytest.param(raw, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, raw in enumerate(family.EXAMPLES)
+    if raw["model_type"] == name
+]
+MASK = torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [1] * 8 + [0]])
+LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 8])
+
+
+def reference(raw: dict[str, Any], seed: int = 0) -> Any:
+    """A random model of transformers in float32, in eval mode."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**raw)
+    config._attn_implementation = "eager"
+    network = getattr(transformers, raw["architectures"][0])(config).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            is_norm = "norm" in name.lower() or "ln_" in name
+            mean = float(parameter.dim() == 1 and is_norm and name.endswith("weight"))
+            parameter.normal_(mean, 0.2)
+    for name, buffer in network.named_buffers():
+        if name == "final_logits_bias":
+            buffer.normal_(0, 0.2)
+    return network
+
+
+def saved(raw: dict[str, Any], folder: Path) -> Any:
+    """The reference of raw, in a folder as transformers writes it; raw's own keys stay in it."""
+    network = reference(raw)
+    network.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | raw))
+    return network
+
+
+def drawn(rows: int, length: int, vocab: int) -> torch.Tensor:
+    """Ids without the special ones, which are below 4 or at the end in every example."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(4, vocab - 2, (rows, length), generator=generator)
+
+
+def inputs(network: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a forward pass takes, by the kind of model."""
+    config = network.config
+    ids = drawn(3, 9, config.vocab_size)
+    if mask is not None and config.pad_token_id is not None:
+        ids = ids.masked_fill(mask == 0, config.pad_token_id)
+    found = {"input_ids": ids}
+    if mask is not None:
+        found["attention_mask"] = mask
+    if config.is_encoder_decoder:
+        target = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+        found["decoder_input_ids"] = drawn(3, 6, target).flip(1)
+    if getattr(config, "type_vocab_size", 0) > 1 and not config.is_encoder_decoder:
+        found["token_type_ids"] = (torch.arange(9) > 4).long().expand(3, 9)
+    return found
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Equal but for `tolerance` of the largest value."""
+    assert ours.shape == theirs.shape
+    scale = max(float(theirs.abs().max()), 1e-3)
+    assert float((ours - theirs).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("raw", CASES)
+@pytest.mark.parametrize("mask", [None, MASK, LEFT], ids=["whole", "right", "left"])
+def test_logits(raw: dict[str, Any], mask: torch.Tensor | None, tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    ours = tilewise.load(tmp_path)
+    given = inputs(theirs, mask)
+    with torch.no_grad():
+        expected, found = theirs(**given), ours(**given)
+    real = slice(None)
+    if mask is not None and not theirs.config.is_encoder_decoder:
+        real = mask.bool()
+    compared = 0
+    for name, other in (
+        ("logits", "logits"),
+        ("logits", "prediction_logits"),
+        ("last_hidden_state", "last_hidden_state"),
+        ("encoder_last_hidden_state", "encoder_last_hidden_state"),
+    ):
+        if getattr(expected, other, None) is not None:
+            kept = slice(None) if name.startswith("encoder") else real
+            if name.startswith("encoder") and mask is not None:
+                kept = mask.bool()
+            close(getattr(found, name)[kept], getattr(expected, other)[kept])
+            compared += 1
+    for name, other in (
+        ("pooler_output", "pooler_output"),
+        ("next_sentence_logits", "seq_relationship_logits"),
+    ):
+        if getattr(expected, other, None) is not None:
+            close(getattr(found, name), getattr(expected, other))
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("raw", CASES)
+def test_loss_and_gradients(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    ours = tilewise.load(tmp_path)
+    given = inputs(theirs, MASK)
+    expected, found = theirs(**given), ours(**given)
+    names = [("logits", "logits"), ("logits", "prediction_logits")]
+    names += [("next_sentence_logits", "seq_relationship_logits")]
+    names += [("last_hidden_state", "last_hidden_state"), ("pooler_output", "pooler_output")]
+    total_theirs, total_ours = torch.zeros(()), torch.zeros(())
+    for name, other in names:
+        value = getattr(expected, other, None)
+        if value is not None:
+            weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+            if value.shape[:2] == MASK.shape and not theirs.config.is_encoder_decoder:
+                weight = weight * MASK[..., None]
+            total_theirs = total_theirs + (value * weight).sum()
+            total_ours = total_ours + (getattr(found, name) * weight).sum()
+    close(total_ours, total_theirs)
+    total_theirs.backward()
+    total_ours.backward()
+    network = ours.network
+    state = {n: p.grad for n, p in network.named_parameters(remove_duplicate=False)}
+    state |= {n: torch.zeros_like(network.get_parameter(n)) for n, g in state.items() if g is None}
+    compared = tensors_to(ours.config, state)
+    largest = max(float(g.grad.abs().max()) for g in theirs.parameters() if g.grad is not None)
+    unused = 1e-6 * largest
+    seen = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is None:
+            continue
+        assert name in compared, name
+        grad, scale = compared[name], float(parameter.grad.abs().max())
+        difference = float((grad.reshape(parameter.shape) - parameter.grad).abs().max())
+        assert difference <= 1e-4 * scale + unused, name
+        seen += 1
+    assert seen > 3
+
+
+@pytest.mark.parametrize("raw", CASES)
+def test_generation(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    if not theirs.can_generate():
+        pytest.skip(f"{raw['architectures'][0]} does not generate")
+    ours = tilewise.load(tmp_path)
+    given = {k: v for k, v in inputs(theirs, LEFT).items() if k != "decoder_input_ids"}
+    pad = theirs.config.pad_token_id or 0
+    for beams in (1, 3):
+        options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 8}
+        expected = theirs.generate(
+            **given, **options, do_sample=False, pad_token_id=pad, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        found = ours.generate(given["input_ids"], attention_mask=LEFT, **options)
+        cached = ours.generate(given["input_ids"], attention_mask=LEFT, use_cache=False, **options)
+        assert torch.equal(found.sequences, cached.sequences)
+        for i in range(3):
+            prompt = 0 if theirs.config.is_encoder_decoder else int((LEFT[i] == 0).sum())
+            row = found.sequences[i, : int(found.lengths[i])].tolist()
+            assert row == expected.sequences[i, prompt:][: len(row)].tolist()
+        if beams > 1:
+            close(found.sequences_scores, expected.sequences_scores)
+
+
+@pytest.mark.parametrize("raw", CASES)
+def test_saved_folder_is_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path / "theirs")
+    ours = tilewise.load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    kind = type(theirs)
+    again, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    back = tilewise.load(tmp_path / "ours")
+    assert back.config == ours.config
+    for a, b in zip(back.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("raw", CASES)
+def test_bfloat16_is_no_further_off(raw: dict[str, Any], tmp_path: Path) -> None:
+    """From float64, at most twice as far as transformers' own bfloat16."""
+    theirs = saved(raw, tmp_path)
+    given = inputs(theirs, None)
+    name = next(n for n in ("logits", "prediction_logits", "last_hidden_state")
+                if getattr(theirs(**given), n, None) is not None)  # fmt: skip
+    with torch.no_grad():
+        exact = getattr(theirs.double()(**given), name)
+        half = getattr(theirs.bfloat16()(**given), name)
+        mine = tilewise.load(tmp_path, dtype="bfloat16")(**given)
+    found = mine.last_hidden_state if name == "last_hidden_state" else mine.logits
+    off = float((half.double() - exact).abs().max())
+    assert float((found.double() - exact).abs().max()) <= 2 * off + 1e-5
+
+
+@pytest.mark.parametrize("raw", CASES)
+def test_attention_maps(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    ours = tilewise.load(tmp_path)
+    given = inputs(theirs, MASK)
+    with torch.no_grad():
+        expected = theirs(**given, output_attentions=True)
+        found = ours(**given, output_attentions=True)
+    pairs = [("attentions", "attentions")]
+    if theirs.config.is_encoder_decoder:
+        pairs = [("attentions", "decoder_attentions"), ("cross_attentions", "cross_attentions"),
+                 ("encoder_attentions", "encoder_attentions")]  # fmt: skip
+    for name, other in pairs:
+        maps = getattr(found, name)
+        assert len(maps) == len(getattr(expected, other)) > 0
+        for mine, their in zip(maps, getattr(expected, other), strict=True):
+            rows = MASK.bool() if mine.shape[2] == MASK.shape[1] else slice(None)
+            close(mine.transpose(1, 2)[rows], their.transpose(1, 2)[rows])
