@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import scoring
 from .checkpoints import check_weights, copy_weights, open_weights, read_config, write_folder
 from .config import ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
 from .models import ModelOutput, Seq2Seq, build
+from .scoring import Score
 from .text import Tokenizer, load_tokenizer
 
 GENERATION = "generation_config.json"
@@ -88,6 +90,61 @@ class Model(nn.Module):
         out.texts = tokenizer.decode([row[start:stop] for row, start, stop in rows])
         return out
 
+    def score(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        contexts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> list[Score]:
+        """Log-probabilities of texts, each behind its context (a seq2seq model: its source).
+
+        texts, contexts: strings, or lists of token ids. A string and its context are encoded as
+        one text. options: batch_tokens, stride; see tilewise.scoring.score. Raises ArgumentError,
+        TokenizerError.
+        """
+        together = contexts is not None and not self._is_seq2seq
+        if not (together and _are_strings(texts) and _are_strings(contexts)):
+            ids = self._ids("texts", texts, self.config.output_vocab_size)
+            given = None if contexts is None else self._ids("contexts", contexts)
+            return scoring.score(self.network, ids, given, **options)
+        if len(contexts) != len(texts):  # type: ignore[arg-type]
+            raise ArgumentError(
+                f"contexts has {len(contexts)} rows and texts {len(texts)}; as many"  # type: ignore[arg-type]
+            )
+        found = self._need_tokenizer().encode_after(contexts, texts)  # type: ignore[arg-type]
+        before, after = [ids[:n] for ids, n in found], [ids[n:] for ids, n in found]
+        return scoring.score(self.network, after, before, **options)
+
+    def embed(self, texts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> Tensor:
+        """One vector per text [R, E]. options: pooling, normalize, batch_tokens; see
+        tilewise.scoring.embed. Raises ArgumentError, TokenizerError.
+        """
+        return scoring.embed(self.network, self._ids("texts", texts), **options)
+
+    def fill_mask(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        mask_token_id: int | None = None,
+        **options: Any,
+    ) -> list[list[list[scoring.Filling]]]:
+        """For each text, for each mask token written in it, the likeliest tokens, best first.
+
+        mask_token_id: the tokenizer's [MASK] or <mask> when None. options: top_k, batch_tokens;
+        see tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
+        """
+        if mask_token_id is None:
+            named = (self._need_tokenizer().token_to_id(name) for name in ("[MASK]", "<mask>"))
+            mask_token_id = next((token for token in named if token is not None), None)
+        if mask_token_id is None:
+            raise ArgumentError("the tokenizer has no [MASK] or <mask> token: pass mask_token_id")
+        ids = self._ids("texts", texts)
+        return scoring.fill_mask(self.network, ids, mask_token_id, **options)
+
+    def next_sentence(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """P that the second text of each pair follows the first. Raises ArgumentError."""
+        return scoring.next_sentence(self.network, self._need_tokenizer().encode_pairs(pairs))
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, tokenizer and generation defaults, all or nothing.
 
@@ -111,6 +168,10 @@ class Model(nn.Module):
     @property
     def _is_seq2seq(self) -> bool:
         return isinstance(self.network, Seq2Seq)
+
+    def _ids(self, name: str, inputs: Any, vocab_size: int | None = None) -> list[list[int]]:
+        vocab_size = vocab_size or self.config.vocab_size
+        return scoring.as_ids(name, inputs, self.tokenizer, vocab_size)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import ArgumentError
-from ..models import Decoder, Seq2Seq
+from ..models import Decoder, Seq2Seq, evaluating
 from ..models.inputs import check_ids, check_mask
 from .cache import CachedSteps, UncachedSteps, pad_right
 from .options import GenerationOptions, resolve
@@ -66,13 +66,8 @@ def generate(
     if not rows:
         ids = torch.zeros(0, 0, dtype=torch.int64)
         return GenerationOutput(ids, ids.sum(1), torch.zeros(0), torch.zeros(0, 0))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return _search(model, rows, prompts, chosen)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _search(

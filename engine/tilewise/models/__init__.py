@@ -8,8 +8,9 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .heads import ModelOutput
 from .seq2seq import Seq2Seq
+from .stack import evaluating
 
-__all__ = ["Decoder", "Encoder", "ModelOutput", "Seq2Seq", "build"]
+__all__ = ["Decoder", "Encoder", "ModelOutput", "Seq2Seq", "build", "evaluating"]
 
 
 def build(config: ModelConfig) -> nn.Module:

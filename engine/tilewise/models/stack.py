@@ -3,7 +3,8 @@
 Shapes: ids [R, S]; hidden [R, S, E].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -89,3 +90,15 @@ def token_embedding(config: ModelConfig, *, target: bool = False) -> nn.Embeddin
     """The embedding matrix of a model, or of the second vocabulary of a seq2seq model."""
     rows = config.output_vocab_size if target else config.vocab_size
     return nn.Embedding(rows, config.embedding_size or config.hidden_size)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each part is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

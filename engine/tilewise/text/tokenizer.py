@@ -50,6 +50,32 @@ class Tokenizer:
         with reporting(self._origin):
             return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
 
+    def encode_after(
+        self, contexts: Sequence[str], texts: Sequence[str]
+    ) -> list[tuple[list[int], int]]:
+        """Each context with its text behind it, as ids, and where the text begins in them.
+
+        The two are encoded as one; a token that reaches over the border belongs to the text.
+        """
+        check_texts(contexts)
+        check_texts(texts)
+        joined = [context + text for context, text in zip(contexts, texts, strict=True)]
+        with reporting(self._origin):
+            encodings = self._backend.encode_batch(joined)
+        found = []
+        for encoding, context in zip(encodings, contexts, strict=True):
+            ends = [end for _, end in encoding.offsets]
+            first = next((i for i, end in enumerate(ends) if end > len(context)), len(ends))
+            found.append((encoding.ids, first))
+        return found
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Two texts as one sequence, by the tokenizer's template: (ids, token_type_ids)."""
+        for side in zip(*pairs, strict=True):
+            check_texts(side)
+        with reporting(self._origin):
+            return [(e.ids, e.type_ids) for e in self._backend.encode_batch(list(pairs))]
+
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """One text per list of ids. Ids that no token has, such as those of padded embedding rows,
         decode to nothing. Raises TokenizerError for anything but lists of integers >= 0.

@@ -1,0 +1,171 @@
+"""Log-probabilities of given texts, token by token.
+
+    log P(text | context) = sum over t of log P(text_t | context, text_<t)
+
+Shapes: ids [R, S]; hidden [N, E] of the N tokens that are predicted.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tilewise_kernels import cross_entropy
+
+from ..errors import ArgumentError
+from ..models import Decoder, Seq2Seq, evaluating
+from .batches import by_tokens, check_length, padded
+
+LOGITS = 2**25  # elements that are held at a time
+
+
+@dataclass
+class Score:
+    """tokens: the ids that were scored; log_probs: one for each [nats]."""
+
+    tokens: list[int]
+    log_probs: list[float]
+
+    @property
+    def total(self) -> float:
+        """log P of all tokens [nats]."""
+        return math.fsum(self.log_probs)
+
+    @property
+    def mean(self) -> float:
+        """log P per token [nats]; 0 of no token."""
+        return self.total / max(len(self.log_probs), 1)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean)."""
+        return math.exp(-self.mean)
+
+
+def perplexity(scores: Sequence[Score]) -> float:
+    """exp of the mean negative log-probability per token over all texts; raises without a token."""
+    count = sum(len(score.log_probs) for score in scores)
+    if not count:
+        raise ArgumentError("scores hold no token; a text without context needs at least two")
+    return math.exp(-math.fsum(score.total for score in scores) / count)
+
+
+class _Part(NamedTuple):
+    """A stretch of one text: the ids that the model reads, and from where on they are scored."""
+
+    text: int
+    ids: list[int]
+    first: int
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_tokens: int = 4096,
+    stride: int | None = None,
+) -> list[Score]:
+    """Score every text (token ids), in order.
+
+    A Decoder scores texts behind their contexts, which may be empty; without anything before it a
+    first token has no probability and is left out. A Seq2Seq scores texts as targets of their
+    contexts, its sources, from decoder_start_token_id on. batch_tokens: what runs together,
+    padding included. stride: texts longer than the model's positions are scored in windows, each
+    this many tokens further; None: half the positions. Raises ArgumentError.
+    """
+    if not isinstance(model, (Decoder, Seq2Seq)):
+        raise ArgumentError(f"{type(model).__name__} has no next token to score; use fill_mask")
+    if contexts is None:
+        if isinstance(model, Seq2Seq):
+            raise ArgumentError("contexts is not given; a seq2seq model scores targets of sources")
+        contexts = [[] for _ in texts]
+    if len(contexts) != len(texts):
+        raise ArgumentError(f"contexts has {len(contexts)} rows and texts {len(texts)}; as many")
+    with evaluating(model):
+        if isinstance(model, Seq2Seq):
+            return _score_targets(model, texts, contexts, batch_tokens)
+        return _score_continuations(model, texts, contexts, batch_tokens, stride)
+
+
+def _score_continuations(
+    model: Decoder,
+    texts: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int]],
+    batch_tokens: int,
+    stride: int | None,
+) -> list[Score]:
+    parts = []
+    for i, (context, text) in enumerate(zip(contexts, texts, strict=True)):
+        parts += _windows(model, i, [*context, *text], max(len(context), 1), stride)
+    device = model.lm_head.weight.device
+    found: list[list[float]] = [[] for _ in parts]
+    for batch in by_tokens([len(part.ids) for part in parts], batch_tokens):
+        ids, lengths = padded([parts[i].ids for i in batch], device)
+        positions = torch.arange(ids.shape[1], device=device)
+        hidden = model.run(model.embedding(ids, positions), key_lengths=lengths)
+        for row, i in enumerate(batch):
+            first, end = parts[i].first, len(parts[i].ids)
+            found[i] = log_probs(model, hidden[row, first - 1 : end - 1], ids[row, first:end])
+    scores = [Score([], []) for _ in texts]
+    for part, values in zip(parts, found, strict=True):
+        scores[part.text].tokens += part.ids[part.first :]
+        scores[part.text].log_probs += values
+    return scores
+
+
+def _windows(
+    model: Decoder, text: int, ids: list[int], first: int, stride: int | None
+) -> list[_Part]:
+    """One part, or several overlapping ones where ids are longer than the model's positions."""
+    limit = model.config.position_limit or len(ids)
+    if len(ids) <= limit:
+        return [_Part(text, ids, first)] if first < len(ids) else []
+    step = limit // 2 if stride is None else stride
+    if not 1 <= step < limit:
+        raise ArgumentError(f"stride is {step}; pass 1 to {limit - 1}, below the model's positions")
+    parts = [_Part(text, ids[:limit], first)] if first < limit else []
+    done = max(limit, first)
+    while done < len(ids):
+        end = min(done + step, len(ids))
+        parts.append(_Part(text, ids[end - limit : end], limit - (end - done)))
+        done = end
+    return parts
+
+
+def _score_targets(
+    model: Seq2Seq,
+    texts: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]],
+    batch_tokens: int,
+) -> list[Score]:
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
+    check_length("contexts", sources, model.config)
+    check_length("texts", texts, model.config)
+    device = model.decoder.lm_head.weight.device
+    scores = [Score(list(text), []) for text in texts]
+    sizes = [len(s) + len(t) for s, t in zip(sources, texts, strict=True)]
+    for batch in by_tokens(sizes, batch_tokens):
+        source, source_lengths = padded([sources[i] for i in batch], device)
+        target, lengths = padded([[start, *texts[i]] for i in batch], device)
+        real = torch.arange(source.shape[1], device=device) < source_lengths[:, None]
+        out = model(source, real.long(), decoder_input_ids=target[:, :-1])
+        for row, i in enumerate(batch):
+            end = int(lengths[row])
+            hidden = out.last_hidden_state[row, : end - 1]
+            scores[i].log_probs = log_probs(model.decoder, hidden, target[row, 1:end])
+    return scores
+
+
+def log_probs(decoder: Decoder, hidden: Tensor, targets: Tensor) -> list[float]:
+    """log P [nats] of targets [N], each from its hidden state [N, E]; few logits at a time."""
+    rows = max(LOGITS // decoder.config.output_vocab_size, 1)
+    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = [cross_entropy(decoder.lm_head(h), t, reduction="none") for h, t in pairs]
+    return [-float(loss) for part in losses for loss in part.tolist()]

@@ -1,0 +1,183 @@
+"""Scores, embeddings, fillings and few-shot choices against brute force and transformers."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tilewise
+from tilewise.config import ModelConfig
+from tilewise.errors import ArgumentError
+from tilewise.models import build
+from tilewise.pretrained import Model
+from tilewise.scoring import Score, choose, few_shot_prompt, perplexity, score
+from tilewise.text import train_tokenizer
+
+TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [5, 5, 5]]
+SIZES = {"hidden_size": 16, "num_heads": 2, "ffn_size": 20, "max_positions": 12}
+
+
+def made(**changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    values = {"model_type": "tilewise-transformer", "vocab_size": 30, "decoder_layers": 2}
+    network = build(ModelConfig(**(values | SIZES | changes))).eval()  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def by_hand(network: torch.nn.Module, ids: list[int], first: int) -> list[float]:
+    """Log-probabilities of ids[first:], each from a forward pass of its own."""
+    found = []
+    for t in range(first, len(ids)):
+        logits = network(torch.tensor([ids[:t]])).logits[0, -1].detach()
+        found.append(float(torch.log_softmax(logits.double(), -1)[ids[t]]))
+    return found
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 9, 4096])
+def test_scores_are_those_of_one_token_at_a_time(batch_tokens: int) -> None:
+    network = made()
+    contexts: list[list[int]] = [[], [3, 4], [2], [1, 2, 3]]
+    found = score(network, TEXTS, contexts, batch_tokens=batch_tokens)
+    for text, context, each in zip(TEXTS, contexts, found, strict=True):
+        first = max(len(context), 1)
+        expected = by_hand(network, context + text, first)
+        assert each.tokens == (context + text)[first:]
+        assert each.log_probs == pytest.approx(expected, abs=1e-5)
+        assert each.total == pytest.approx(sum(expected), abs=1e-5)
+        assert each.perplexity == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-5)
+
+
+def test_perplexity_is_of_all_tokens() -> None:
+    scores = [Score([1, 2], [-1.0, -2.0]), Score([3], [-6.0]), Score([], [])]
+    assert perplexity(scores) == pytest.approx(math.exp(3.0))
+    with pytest.raises(ArgumentError, match="no token"):
+        perplexity([Score([], [])])
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, 11])
+def test_long_texts_are_scored_in_windows(stride: int | None) -> None:
+    network = made()
+    ids = torch.randint(0, 30, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    found = score(network, [ids], stride=stride)[0]
+    assert found.tokens == ids[1:]
+    step, expected, done = stride or 6, by_hand(network, ids[:12], 1), 12
+    while done < 40:
+        end = min(done + step, 40)
+        expected += by_hand(network, ids[end - 12 : end], 12 - (end - done))
+        done = end
+    assert found.log_probs == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_of_a_seq2seq_model() -> None:
+    network = made(encoder_layers=1, decoder_start_token_id=2)
+    sources = [[3, 4, 5], [6], [7, 8], [9, 9, 9, 9]]
+    for text, source, each in zip(TEXTS, sources, score(network, TEXTS, sources), strict=True):
+        target = torch.tensor([[2, *text[:-1]]])
+        logits = network(torch.tensor([source]), decoder_input_ids=target).logits[0]
+        rows = torch.log_softmax(logits.double(), -1)
+        expected = [float(rows[i, token]) for i, token in enumerate(text)]
+        assert each.tokens == text and each.log_probs == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ArgumentError, match="contexts is not given"):
+        score(network, TEXTS)
+
+
+def test_loss_of_transformers_is_the_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_embd=16, n_head=2, n_layer=2, n_positions=12,
+                        initializer_range=0.3, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    found = tilewise.load(tmp_path).score(TEXTS)
+    for text, each in zip(TEXTS, found, strict=True):
+        loss = float(theirs(torch.tensor([text]), labels=torch.tensor([text])).loss)
+        assert each.mean == pytest.approx(-loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["decoder_layers", "encoder_layers"])
+def test_embeddings_do_not_depend_on_the_batch(kind: str) -> None:
+    network = made(**({"decoder_layers": 0} | {kind: 2}))
+    model = Model(network)
+    for pooling, of in (
+        ("mean", lambda h: h.mean(0)),
+        ("cls", lambda h: h[0]),
+        ("last", lambda h: h[-1]),
+    ):
+        found = model.embed(TEXTS, pooling=pooling, normalize=False, batch_tokens=8)
+        unit = model.embed(TEXTS, pooling=pooling)
+        for i, text in enumerate(TEXTS):
+            hidden = network(torch.tensor([text])).last_hidden_state[0]
+            torch.testing.assert_close(found[i], of(hidden), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(unit[i], of(hidden) / of(hidden).norm())
+
+
+def test_fillings_are_the_best_of_the_masked_distribution() -> None:
+    network = made(decoder_layers=0, encoder_layers=2, masked_head="gelu", output_bias=True)
+    rows = [[3, 4, 7, 5], [4, 4], [6, 7, 8, 9, 4]]
+    found = Model(network).fill_mask(rows, mask_token_id=4, top_k=3)
+    assert [len(each) for each in found] == [1, 2, 1]
+    for row, masks in zip(rows, found, strict=True):
+        logits = network(torch.tensor([row])).logits[0]
+        places = [i for i, token in enumerate(row) if token == 4]
+        for place, best in zip(places, masks, strict=True):
+            values, tokens = torch.log_softmax(logits[place], -1).topk(3)
+            assert [filling.token for filling in best] == tokens.tolist()
+            assert [f.log_prob for f in best] == pytest.approx(values.tolist(), abs=1e-5)
+    with pytest.raises(ArgumentError, match=r"rows\[1\] holds no mask"):
+        Model(network).fill_mask([[4], [5]], mask_token_id=4)
+
+
+def test_texts_and_contexts_are_encoded_as_one() -> None:
+    tokenizer = train_tokenizer(["a cat sat on the mat", "the dog ran"], vocab_size=40)
+    network = made(vocab_size=tokenizer.vocab_size, max_positions=64)
+    model = Model(network, tokenizer)
+    whole = tokenizer.encode(["the cat sat"])[0]
+    split = model.score([" cat sat"], ["the"])[0]
+    first = len(whole) - len(split.tokens)
+    assert split.tokens == whole[first:]
+    assert split.log_probs == pytest.approx(by_hand(network, whole, first), abs=1e-5)
+    assert tokenizer.decode([split.tokens]) == [" cat sat"]
+
+
+def test_few_shot_prompts_and_choices() -> None:
+    examples = [("2 + 2 =", "4"), ("1 + 1 =", "2")]
+    assert few_shot_prompt("3 + 1 =", description="Add.") == "Add.\n\n3 + 1 =\n"
+    prompt = few_shot_prompt("3 + 1 =", examples, "Add.", joint=" ")
+    assert prompt == "Add.\n\n2 + 2 = 4\n\n1 + 1 = 2\n\n3 + 1 = "
+    table = {("4", "P"): [-1.0], ("long answer", "P"): [-0.4] * 4,
+             ("4", "N"): [-1.0], ("long answer", "N"): [-3.0]}  # fmt: skip
+
+    def scores(texts: list[str], contexts: list[str]) -> list[Score]:
+        pairs = zip(texts, contexts, strict=True)
+        return [Score([0] * len(table[pair]), table[pair]) for pair in pairs]
+
+    answers = ["4", "long answer"]
+    assert choose(scores, "P", answers).index == 0  # type: ignore[arg-type]
+    assert choose(scores, "P", answers, normalise="length").index == 1  # type: ignore[arg-type]
+    chosen = choose(scores, "P", answers, normalise="unconditional", neutral="N")  # type: ignore[arg-type]
+    assert chosen.index == 1 and chosen.values == pytest.approx([0.0, 1.4])
+    with pytest.raises(ArgumentError, match="normalise"):
+        choose(scores, "P", answers, normalise="other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m: m.score("text"), "texts is str"),
+        (lambda m: m.score([[1, 99]]), "holds the id 99"),
+        (lambda m: m.score([[1, 2]], [[1], [2]]), "contexts has 2 rows and texts 1"),
+        (lambda m: m.score([[1, 2]], batch_tokens=0), "batch_tokens is 0"),
+        (lambda m: m.score([list(range(20))], stride=12), "stride is 12"),
+        (lambda m: m.score(["text"]), "no tokenizer"),
+        (lambda m: m.embed([[]]), r"rows\[0\] is empty"),
+        (lambda m: m.embed([[1]], pooling="max"), "pooling is 'max'"),
+        (lambda m: m.embed([[1] * 13]), "13 tokens long"),
+        (lambda m: m.fill_mask([[1]], mask_token_id=1), "no masked-token head"),
+    ],
+)
+def test_bad_input(call, match: str) -> None:
+    with pytest.raises(ArgumentError, match=match):
+        call(Model(made()))
