@@ -28,8 +28,8 @@ def missing() -> str | None:
 
 @functools.cache
 def op(name: str) -> Any:
-    """torch.ops.tilewise_native.NAME's only overload: calling it is cheaper than the packet."""
-    return getattr(torch.ops.tilewise_native, name).default
+    """torch.ops.tilewise_native.NAME, without the Python that torch wraps round its call."""
+    return getattr(torch.ops.tilewise_native, name).default._op
 
 
 def build_info() -> dict[str, Any]:

@@ -144,10 +144,16 @@ def plain_eager(args: Sequence[Any]) -> bool:
     """Whether nothing is watching: compiler, dispatch mode, functorch, subclass or meta tensor."""
     if _is_compiling() or _dispatch_modes() or _transform() is not None:
         return False
-    for arg in args:
-        if type(arg) not in _PLAIN:
-            return False
+    if not _PLAIN.issuperset(map(type, args)):
+        return False
     return forward_ad._current_level < 0 and not args[0].is_meta
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+    raise AssertionError("an op without a tensor")
 
 
 def _batched(grads: Sequence[Tensor | None]) -> bool:
@@ -206,6 +212,18 @@ def _needs_ready(tensor: Tensor) -> bool:
     if _any_autocast() and torch.is_autocast_enabled(tensor.device.type):
         return True
     return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+
+
+def _readied(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """function, to be called with autocast off and the tensor's GPU current."""
+    if not _needs_ready(tensor):
+        return function
+
+    def run(*args: Any) -> Any:
+        with _ready(tensor):
+            return function(*args)
+
+    return run
 
 
 class Op:
@@ -271,20 +289,15 @@ class Op:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _run(self, *args: Any) -> Outputs:
-        if _needs_ready(args[0]):
-            with _ready(args[0]):
-                return self.choose(args).forward(*args)
-        return self.choose(args).forward(*args)
+        found: Outputs = _readied(self.choose(args).forward, args[0])(*args)
+        return found
 
     def _run_backward(self, *args: Any) -> tuple[Tensor | None, ...]:
         """args: the backward schema's, ending in `needs` and the implementation's name."""
-        *inner, name = args
-        first = next(arg for arg in inner if isinstance(arg, Tensor))
+        inner, name, first = args[:-1], args[-1], _first_tensor(args)
         way = self.implementations[name] if name else self._choose_backward(first, inner)
-        if _needs_ready(first):
-            with _ready(first):
-                return way.backward(*inner)
-        return way.backward(*inner)
+        found: tuple[Tensor | None, ...] = _readied(way.backward, first)(*inner)
+        return found
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -359,7 +372,7 @@ class Op:
         def backward(*args: Any) -> Any:
             *inner, needs, _ = args
             gradients = self._run_backward(*args)
-            first = next(arg for arg in inner if isinstance(arg, Tensor))
+            first = _first_tensor(inner)
             filled = [first.new_empty(0) if g is None else g.contiguous() for g in gradients]
             for i, gradient in enumerate(filled):  # one tensor may serve two inputs, but a compiler
                 if any(gradient is other for other in filled[:i]):  # would reuse its memory
@@ -369,7 +382,7 @@ class Op:
         def fake_backward(*args: Any) -> Any:
             *inner, needs, _ = args
             outputs = self._fake_backward(*inner)
-            first = next(arg for arg in inner if isinstance(arg, Tensor))
+            first = _first_tensor(inner)
             kept = tuple(
                 g if need else first.new_empty(0) for g, need in zip(outputs, needs, strict=True)
             )
@@ -383,7 +396,7 @@ class Op:
             self._keep(ctx, inputs, output, _forced.implementation(name) or "")
 
         def gradients(ctx: Any, *grads: Any) -> Any:
-            return self._gradients(ctx, grads, self._registered_backward)
+            return self._gradients(ctx, grads, eager=False)
 
         def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(f"tilewise::{name} has no second derivative; use plain torch ops")
@@ -406,18 +419,25 @@ class Op:
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*outputs[self.outputs_with_grad :])
 
-    def _gradients(self, ctx: Any, grads: Sequence[Any], run: Callable[..., Any]) -> Any:
+    def _gradients(self, ctx: Any, grads: Sequence[Any], *, eager: bool) -> Any:
         """Gradients in the order of the forward's inputs, None where none is wanted."""
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        wanted = grads[: self.outputs_with_grad]
-        if all(grad is None for grad in wanted):
+        needed, wanted = ctx.needs_input_grad, grads[: self.outputs_with_grad]
+        result: list[Tensor | None] = [None] * len(needed)
+        for grad in wanted:
+            if grad is not None:
+                break
+        else:
             return tuple(result)
-        needs = [bool(ctx.needs_input_grad[i]) for i in self.inputs_with_grad]
+        needs = [needed[i] for i in self.inputs_with_grad]
         saved = ctx.saved_tensors
         if _backward.disposable:  # a retry after an error raises, and does not read what it left
             ctx.maybe_clear_saved_tensors()
-        found = run(*wanted, *saved, *ctx.constants, needs, ctx.implementation)
-        found = found if isinstance(found, (tuple, list)) else (found,)
+        arguments, name = (*wanted, *saved, *ctx.constants, needs), ctx.implementation
+        if eager:
+            found = _readied(self.implementations[name].backward, grad)(*arguments)
+        else:
+            found = self._registered_backward(*arguments, name)
+            found = found if isinstance(found, (tuple, list)) else (found,)
         for i, need, gradient in zip(self.inputs_with_grad, needs, found, strict=True):
             result[i] = gradient if need else None
         return tuple(result)
@@ -428,12 +448,13 @@ def _eager_function(op: Op) -> Callable[..., Any]:
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             way = op.choose(args)
-            if _needs_ready(args[0]):
-                with _ready(args[0]):
-                    outputs = way.forward(*args)
-            else:
-                outputs = way.forward(*args)
-            outputs = tuple(_unsafe_view(y, y.shape) if y._is_view() else y for y in outputs)
+            outputs = _readied(way.forward, args[0])(*args)
+            for y in outputs:
+                if y._is_view():
+                    outputs = tuple(
+                        _unsafe_view(y, y.shape) if y._is_view() else y for y in outputs
+                    )
+                    break
             op._keep(ctx, args, outputs, way.name)
             ctx.hooked = _saving_hooks(True) is not None
             return outputs if len(outputs) > 1 else outputs[0]
@@ -442,10 +463,10 @@ def _eager_function(op: Op) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Any) -> Any:
             # create_graph: the registered op refuses to go further; vmap wants it registered
             if torch.is_grad_enabled() or _batched(grads):
-                return op._gradients(ctx, grads, op._registered_backward)
+                return op._gradients(ctx, grads, eager=False)
             _backward.disposable = not ctx.hooked and not _graph_is_kept()
             try:
-                return op._gradients(ctx, grads, op._run_backward)
+                return op._gradients(ctx, grads, eager=True)
             finally:
                 _backward.disposable = False
 
