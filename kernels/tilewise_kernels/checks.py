@@ -74,6 +74,8 @@ def has_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], meani
 
 def is_number(op: str, name: str, value: object) -> None:
     """Raise unless `value` is a real, finite number."""
+    if type(value) is float and value - value == 0:
+        return  # a finite one, as is usual
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise fail(op, name, repr(value), "pass a number")
     if value != value or value in _INFINITE:  # math.isfinite would break a traced graph

@@ -53,12 +53,14 @@ NO_DROPOUT = Drop(None, 0.0)
 
 def _as_rows(tensor: Tensor) -> Tensor:
     """[M, last dim], a view where the leading dims collapse into one stride."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _like_rows(rows: Tensor, x: Tensor) -> Tensor:
     """[M, N] back to [..., N] with the leading dims of x."""
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def _in_wide(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +118,7 @@ def _linear_backward(middle: Middle) -> Callable[..., Gradients]:
             wanted = Wanted(a=False, dg=False, over_da=False, over_kept=private)
             dh, _, _ = middle.backward(dh, _as_rows(kept), None, NO_DROPOUT, activation, wanted)
         return (
-            (dh @ weight).view(x.shape) if needs[0] else None,
+            _like_rows(dh @ weight, x) if needs[0] else None,
             dh.t() @ _as_rows(x) if needs[1] else None,
             dh.sum(0) if needs[2] else None,
         )
@@ -497,14 +499,19 @@ def _cast(op: str, x: Tensor, others: dict[str, Tensor | None]) -> list[Any]:
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
         others = {name: None if t is None else t.to(dtype) for name, t in others.items()}
+    dtype, device = x.dtype, x.device
     for name, tensor in others.items():
-        if tensor is not None:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
             matches(op, name, tensor, "x", x)
     return [x, *others.values()]
 
 
 def _training(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def linear_act(

@@ -137,7 +137,8 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_unsafe_view = torch.ops.aten._unsafe_view  # a tensor of its own: a view may not change in place
+# makes a view a tensor of its own: a view may not change in place
+_unsafe_view = torch.ops.aten._unsafe_view.default._op
 
 
 def plain_eager(args: Sequence[Any]) -> bool:
@@ -449,12 +450,9 @@ def _eager_function(op: Op) -> Callable[..., Any]:
         def forward(ctx: Any, *args: Any) -> Any:
             way = op.choose(args)
             outputs = _readied(way.forward, args[0])(*args)
-            for y in outputs:
+            for i, y in enumerate(outputs):
                 if y._is_view():
-                    outputs = tuple(
-                        _unsafe_view(y, y.shape) if y._is_view() else y for y in outputs
-                    )
-                    break
+                    outputs = (*outputs[:i], _unsafe_view(y, y.shape), *outputs[i + 1 :])
             op._keep(ctx, args, outputs, way.name)
             ctx.hooked = _saving_hooks(True) is not None
             return outputs if len(outputs) > 1 else outputs[0]
