@@ -95,8 +95,9 @@ def _linear(middle: Middle) -> Callable[..., Outputs]:
         if activation == "identity":
             return h, x.new_empty(0)
         keeps = _keeps(activation, training)
-        y = middle.forward(_as_rows(h), None, NO_DROPOUT, activation, not keeps)
-        return _like_rows(y, x), h if keeps else x.new_empty(0)
+        # without dropout and gate it is the same in every shape
+        y = middle.forward(h.contiguous(), None, NO_DROPOUT, activation, not keeps)
+        return y, h if keeps else x.new_empty(0)
 
     return forward
 
