@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tilewise
+from tilewise.fusion.swapping import gated_layers
 from tilewise_kernels import record
 
 B, S, T, E, H = 3, 7, 9, 32, 4
@@ -137,6 +138,36 @@ def test_sequences_with_more_in_them() -> None:
     assert fused.norm.weight.shape == (E,) and len(fused) == 8 and len(fused[:3]) == 3
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 48)])
+def test_biases_that_broadcast(shape: tuple[int, ...]) -> None:
+    """torch adds a bias of any shape that broadcasts; ours takes one number for each output."""
+    mlp = nn.Sequential(nn.Linear(E, 48), nn.GELU(), nn.Linear(48, E))
+    model, fused = twins(mlp)
+    for each in (model, fused):
+        each[0].bias = nn.Parameter(torch.full(shape, 0.25))
+        each[2].bias = nn.Parameter(torch.full((1,), -0.5))
+    gradients_agree(model, fused, torch.randn(B, S, E))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_bias_of_another_dtype_is_the_modules_own_affair(layer: int) -> None:
+    mlp = nn.Sequential(nn.Linear(E, 48), nn.GELU(), nn.Linear(48, E))
+    model, fused = twins(mlp)
+    for each in (model, fused):
+        each[layer].bias = nn.Parameter(each[layer].bias.detach().double())
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(torch.randn(B, E))
+
+
+def test_a_gate_with_a_bias_of_another_kind() -> None:
+    """gated_layers looks at every bias too."""
+    layers = [nn.Linear(E, 48), nn.Linear(E, 48, bias=False), nn.Linear(48, E)]
+    layers[0].bias = nn.Parameter(torch.full((1,), 0.25))
+    x = torch.randn(B, E)
+    found = gated_layers(x, layers[0], F.silu, layers[1], None, layers[2])
+    agree(found, layers[2](F.silu(layers[0](x)) * layers[1](x)))
+
+
 # -- attention -----------------------------------------------------------------------------------
 
 BOOL_MASK = torch.rand(S, T, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -199,6 +230,62 @@ def test_attention_without_a_batch(batch_first: bool) -> None:
             fused(x, memory, memory, **masks, **weights),
             model(x, memory, memory, **masks, **weights),
         )
+
+
+class Marked(Tensor):
+    """A subclass that counts the torch functions it is given to."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls += 1
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def outcome(model: nn.Module, *inputs: Tensor) -> Any:
+    """What a call gives: its output, or the words it fails with."""
+    try:
+        return model(*inputs)[0]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        return str(error)
+
+
+def test_attention_leaves_what_it_does_not_take() -> None:
+    """key and value are looked at as query is: the module's own forward takes or refuses them."""
+    model, fused = twins(nn.MultiheadAttention(E, H, batch_first=True))
+    x, y = torch.randn(B, S, E), torch.randn(B, T, E)
+    wrong = {
+        "dtype": y.double(),
+        "device": y.to("meta"),
+        "layout": y.to_sparse(),
+        "dims": y[0],
+        "nested": torch.nested.nested_tensor([y[0], y[1, :4]]),
+    }
+    for reason, other in wrong.items():
+        for key, value in ((other, y), (y, other), (other, other)):
+            with record() as ops:
+                ours = outcome(fused, x, key, value)
+            theirs = outcome(model, x, key, value)
+            assert not ops and type(ours) is type(theirs)
+            if reason != "device":  # torch reads what is not there
+                assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+
+
+def test_attention_with_foreign_projections() -> None:
+    """A weight of a Tensor subclass, of keys only, goes the module's own way."""
+    model, fused = twins(nn.MultiheadAttention(E, H, batch_first=True, kdim=16, vdim=24))
+    for each in (model, fused):
+        del each.k_proj_weight
+        weight = torch.full((E, 16), 0.1).as_subclass(Marked)
+        each.k_proj_weight = weight
+    inputs = torch.randn(B, S, E), torch.randn(B, T, 16), torch.randn(B, T, 24)
+    expected = model(*inputs, need_weights=False)[0]
+    Marked.calls = 0
+    with record() as ops:
+        found = fused(*inputs, need_weights=False)[0]
+    assert not ops and Marked.calls
+    agree(found.as_subclass(Tensor), expected.as_subclass(Tensor))
 
 
 def test_causal_hint() -> None:

@@ -100,8 +100,8 @@ def fits(x: Tensor, *weights: Tensor | None) -> bool:
     for weight in weights:
         if weight is None:
             continue
-        if type(weight) not in (nn.Parameter, Tensor):  # quantised or distributed
-            return False
+        if type(weight) not in (nn.Parameter, Tensor) or weight.device != x.device:
+            return False  # quantised, distributed or offloaded
         if weight.dtype != x.dtype and autocast_dtype(x.device) is None:
             return False
     return True
@@ -114,13 +114,17 @@ def norm_fits(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def linear_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
-    """weight [out, in] and bias of a plain linear layer without hooks, else None."""
+    """weight [out, in] and bias [out] of a plain linear layer without hooks, else None."""
     kind = type(layer)
-    if kind is nn.Linear and is_bare(layer):
-        return layer.weight, layer.bias
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return (layer.weight.t(), layer.bias) if is_bare(layer) else None
-    return None
+    if kind is nn.Linear:
+        weight, bias = layer.weight, layer.bias
+    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        weight, bias = layer.weight.t(), layer.bias
+    else:
+        return None
+    # torch takes a bias of any shape that broadcasts
+    plain = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return (weight, bias) if plain and is_bare(layer) else None
 
 
 _BY_FUNCTION = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
@@ -168,10 +172,10 @@ def two_layers(x: Tensor, first: Any, activation: Any, dropout: Any, second: Any
     or function, None when there is none. What has hooks or is not known is called as a module.
     """
     name, w1, w2 = activation_name(activation), linear_parameters(first), linear_parameters(second)
-    if name is None or w1 is None or not fits(x, w1[0]):
+    if name is None or w1 is None or not fits(x, *w1):
         h = activation(first(x))
         return second(h if dropout is None else dropout(h))
-    if (dropout is None or is_idle(dropout)) and w2 is not None and fits(x, w2[0]):
+    if (dropout is None or is_idle(dropout)) and w2 is not None and fits(x, *w2):
         return feed_forward(x, *w1, *w2, activation=name)
     h = linear_act(x, *w1, activation=name)
     return second(h if dropout is None else dropout(h))
@@ -190,7 +194,7 @@ def gated_layers(
         or up is None
         or up[1] is not None
         or not (dropout is None or is_idle(dropout))
-        or not fits(x, w1[0], w2[0], up[0])
+        or not fits(x, *w1, *w2, up[0])
     ):
         h = activation(first(x)) * gate(x)
         return second(h if dropout is None else dropout(h))

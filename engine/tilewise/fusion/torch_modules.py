@@ -113,7 +113,7 @@ class MultiheadAttention(Fused):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not self._takes(query, attn_mask, is_causal):
+        if not self._takes((query, key, value), attn_mask, is_causal):
             return super().forward(
                 query,
                 key,
@@ -149,9 +149,15 @@ class MultiheadAttention(Fused):
             return out.squeeze(at), None if weights is None else weights.squeeze(0)
         return out, weights
 
-    def _takes(self: Any, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
-        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
-        if not fits(query, weight, self.out_proj.weight):
+    def _takes(
+        self: Any, inputs: tuple[Tensor, ...], attn_mask: Tensor | None, is_causal: bool
+    ) -> bool:
+        """Whether query, key and value are what we compute; the module's own forward takes, or
+        refuses in its own words, what they are not."""
+        each = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = (*each, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
+        dims = inputs[0].dim()
+        if dims not in (2, 3) or not all(x.dim() == dims and fits(x, *weights) for x in inputs):
             return False
         return not is_causal or attn_mask is not None  # torch raises without the mask
 
