@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, FusionError
-from . import torch_modules, transformers_models
+from . import torch_modules, transformers_losses, transformers_models
 from .report import FusionReport, Replaced, Skipped
 from .swapping import Fused, fused_class, obstacle
 
@@ -73,7 +73,7 @@ def _replace(model: nn.Module, report: FusionReport) -> None:
         elif mixin is not None:
             report.replaced.append(_swap_class(path, module, mixin, report.undo))
     transformers_models.replace_attention(model, report)
-    transformers_models.replace_losses(model, report)
+    transformers_losses.replace_losses(model, report)
 
 
 def _plan(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
@@ -122,7 +122,7 @@ def _swap_class(
 
     undo.append(restore)
     module.__class__ = new
-    return Replaced(path, old.__name__, new.__name__)
+    return Replaced(path, old.__name__, new.__name__ + mixin.gains)
 
 
 # -- comparing -----------------------------------------------------------------------------------

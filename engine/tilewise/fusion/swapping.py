@@ -28,6 +28,7 @@ class Fused(nn.Module):
 
     original: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Fused]]
+    gains: ClassVar[str] = ""  # of a class that keeps its name: what reports say behind it
 
     @classmethod
     def concerns(cls, module: Any) -> bool:
@@ -51,7 +52,8 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Any]:
     key = (mixin, original)
     if key not in _classes:
         own = {"mixin": mixin, "original": original}
-        _classes[key] = type(f"Fused{original.__name__}", key, own)
+        name = original.__name__
+        _classes[key] = type(name if mixin.gains else f"Fused{name}", key, own)
     return _classes[key]
 
 
@@ -65,6 +67,13 @@ def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
 def own_class(module: object) -> type:
     """The class a module has when nothing is fused."""
     return module.original if isinstance(module, Fused) else type(module)
+
+
+def transformers_name(module: object) -> str:
+    """family.file.class of a module of transformers when nothing is fused, "" of any other."""
+    kind = own_class(module)
+    prefix, _, rest = f"{kind.__module__}.{kind.__qualname__}".partition("transformers.models.")
+    return "" if prefix else rest
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise_kernels import attention, cross_entropy, rms_norm, rotary
+from tilewise_kernels import attention, rms_norm, rotary
 
 from .report import FusionReport, Replaced, Skipped
 from .swapping import (
@@ -28,10 +28,11 @@ from .swapping import (
     is_bare,
     norm_of_sum,
     on_rebuild,
-    own_class,
+    transformers_name,
     two_layers,
 )
 from .torch_modules import attention_weights
+from .transformers_losses import MaskedLM, Seq2SeqLM, Seq2SeqLMWithoutCache
 
 NAME = "tilewise"  # of our attention in transformers' two registries
 _CAPTURING = "transformers.utils.output_capturing"
@@ -224,7 +225,7 @@ class BertLayer(Fused):
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         inner, output = self.intermediate, self.output
         # A subclass, or a module round one of them, does more than the layers inside.
-        plain = all(_key(own_class(m)) in _BERT_FEED_FORWARD for m in (inner, output))
+        plain = all(transformers_name(m) in _BERT_FEED_FORWARD for m in (inner, output))
         if not (plain and is_bare(inner) and is_bare(output)):
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
         step = two_layers(
@@ -322,65 +323,19 @@ def _bart_feed_forward(layer: Any, x: Tensor) -> Tensor:
     return two_layers(x, layer.fc1, layer.activation_fn, dropout, layer.fc2)
 
 
-# -- loss ----------------------------------------------------------------------------------------
-
-
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Cross-entropy of each position's logits [B, S, V] with the label [B, S] after it: the mean
-    over those not ignored, or the sum over num_items_in_batch. transformers makes a float32 copy
-    of the logits for it."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    logits, target = logits.reshape(-1, vocab_size), shift_labels.reshape(-1).to(logits.device)
-    if num_items_in_batch is None:
-        return cross_entropy(logits, target, ignore_index=ignore_index)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    total = cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-    return total / num_items_in_batch
-
-
-def replace_losses(model: nn.Module, report: FusionReport) -> None:
-    """Set the loss_function of the known language models inside `model` that call it."""
-    for path, module in model.named_modules():
-        kind = own_class(module)
-        if _key(kind) not in _CAUSAL:
-            continue
-        own = module.__dict__.get("_loss_function")
-        if own is not None:
-            fused = own is causal_lm_loss
-            reason = "it is fused already" if fused else "it has a loss_function of its own"
-            report.skipped.append(Skipped(path, kind.__name__, reason))
-            continue
-        new = f"{kind.__name__} with fused cross-entropy"
-        report.replaced.append(Replaced(path, kind.__name__, new))
-        report.undo.append(partial(_restore_loss, module))
-        module.__dict__["_loss_function"] = causal_lm_loss
-
-
-def _restore_loss(module: nn.Module) -> None:
-    if module.__dict__.get("_loss_function") is causal_lm_loss:  # else the user has set another
-        del module.__dict__["_loss_function"]
-
-
 # -- what is known -------------------------------------------------------------------------------
 
 _KNOWN: dict[str, type[Fused]] = {
     "bert.modeling_bert.BertLayer": BertLayer,
     "bert.modeling_bert.BertSelfOutput": BertSelfOutput,
+    "bert.modeling_bert.BertForMaskedLM": MaskedLM,
     "roberta.modeling_roberta.RobertaLayer": BertLayer,
     "roberta.modeling_roberta.RobertaSelfOutput": BertSelfOutput,
+    "roberta.modeling_roberta.RobertaForMaskedLM": MaskedLM,
     "gpt2.modeling_gpt2.GPT2MLP": GPT2MLP,
     "bart.modeling_bart.BartEncoderLayer": BartEncoderLayer,
     "bart.modeling_bart.BartDecoderLayer": BartDecoderLayer,
+    "bart.modeling_bart.BartForConditionalGeneration": Seq2SeqLMWithoutCache,
     "llama.modeling_llama.LlamaAttention": LlamaAttention,
     "llama.modeling_llama.LlamaMLP": LlamaMLP,
     "llama.modeling_llama.LlamaRMSNorm": RMSNorm,
@@ -389,6 +344,7 @@ _KNOWN: dict[str, type[Fused]] = {
     "t5.modeling_t5.T5LayerNorm": RMSNorm,
     "t5.modeling_t5.T5DenseActDense": T5DenseActDense,
     "t5.modeling_t5.T5DenseGatedActDense": T5DenseGatedActDense,
+    "t5.modeling_t5.T5ForConditionalGeneration": Seq2SeqLM,
 }
 _ATTENTION = {
     "bert.modeling_bert.BertSelfAttention",
@@ -401,16 +357,6 @@ _ATTENTION = {
     "gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
     "t5.modeling_t5.T5Attention",
 }
-
-
-# Models that call their loss_function; that of the others is written out inside their forward.
-_CAUSAL = {
-    "bert.modeling_bert.BertLMHeadModel",
-    "roberta.modeling_roberta.RobertaForCausalLM",
-    "gpt2.modeling_gpt2.GPT2LMHeadModel",
-    "llama.modeling_llama.LlamaForCausalLM",
-    "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
-}
 _BERT_FEED_FORWARD = {
     "bert.modeling_bert.BertIntermediate",
     "bert.modeling_bert.BertOutput",
@@ -420,20 +366,14 @@ _BERT_FEED_FORWARD = {
 _FAMILIES = {name.split(".")[0] for name in _KNOWN}
 
 
-def _key(kind: type) -> str:
-    """A class of transformers as it is called in the tables above."""
-    prefix, _, rest = f"{kind.__module__}.{kind.__qualname__}".partition("transformers.models.")
-    return "" if prefix else rest
-
-
 def known(module: nn.Module) -> type[Fused] | None:
     """What fuses this module of transformers, if anything does."""
-    return _KNOWN.get(_key(own_class(module)))
+    return _KNOWN.get(transformers_name(module))
 
 
 def near_miss(module: nn.Module) -> str | None:
     """Why a module of transformers stays although its like is known, None when it is no such."""
-    family, _, name = _key(own_class(module)).partition(".")
+    family, _, name = transformers_name(module).partition(".")
     if family and family not in _FAMILIES and name.endswith("Attention"):
         return f"attention of {family} is not known"
     return None
@@ -444,7 +384,7 @@ def replace_attention(model: nn.Module, report: FusionReport) -> None:
     configs: dict[int, Any] = {}
     reported = {r.path for r in report.replaced} | {s.path for s in report.skipped}
     for path, module in model.named_modules():
-        key = _key(own_class(module))
+        key = transformers_name(module)
         config: Any = getattr(module, "config", None)
         if key.split(".")[0] not in _FAMILIES or not hasattr(config, "_attn_implementation"):
             continue
