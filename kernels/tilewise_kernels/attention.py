@@ -23,6 +23,7 @@ torch, on pieces that it can express; blocked (attention_blocked.py): plain torc
 queries, for everything else; reference: the same with the whole score matrix.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -45,7 +46,7 @@ from .checks import (
     same_device,
 )
 from .launch import architecture
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, plain_eager
 
 # -- triton --------------------------------------------------------------------------------------
 
@@ -201,6 +202,11 @@ def check_slopes(op: str, slopes: Tensor | None, q: Tensor) -> None:
     if slopes.requires_grad:
         takes = "they take no gradient: pass alibi_slopes.detach()"
         raise fail(op, "alibi_slopes", "one that requires grad", takes)
+    # a GPU would have to wait for the values; a list of a few is quicker than an op
+    if slopes.is_cpu and plain_eager([slopes]):
+        wrong = [slope for slope in slopes.tolist() if not math.isfinite(slope)]
+        if wrong:
+            raise fail(op, "alibi_slopes", f"holding {wrong[0]}", "pass finite slopes")
 
 
 def check_bias(op: str, bias: Tensor, q: Tensor, sk: int, meaning: str) -> None:
@@ -292,7 +298,7 @@ def attention(
     causal: key j is seen by query i when j <= i'. window: (left, right), key j is seen when
     i' - left <= j <= i' + right; None = unbounded. key_lengths: [B] int, the number of real keys;
     what lies past them is never read into the result, NaN included.
-    alibi_slopes: [Hq] float without gradient; a score loses slope * |j - i'|. softcap: a positive
+    alibi_slopes: [Hq], finite, no gradient; a score loses slope * |j - i'|. softcap: a positive
     number; scores, before all that is added, become softcap * tanh(score / softcap).
     scale: multiplies q k^T; 1 / sqrt(D) when None. dropout_p: 0 to 1; each probability is zeroed
     with it, others are divided by 1 - dropout_p; torch.manual_seed governs which.

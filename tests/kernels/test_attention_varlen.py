@@ -332,6 +332,7 @@ def test_what_a_caller_cannot_change_warns_nobody(options, monkeypatch):
     ("scale", INF, "finite"),
     ("dropout_p", 1.5, "probability"),
     ("alibi_slopes", torch.ones(3), "heads of q"),
+    ("alibi_slopes", torch.full((4,), torch.nan), "holding nan; pass finite slopes"),
     ("alibi_slopes", torch.ones(4, requires_grad=True), "no gradient"),
 ])  # fmt: skip
 def test_bad_input(name, value, message):

@@ -294,6 +294,7 @@ BAD: list[tuple[dict, str]] = [
     ({"block_table": PAGES, "beam_index": PAGES}, "block_table is given with beam_index"),
     ({"scale": NAN}, "scale is NaN"),
     ({"alibi_slopes": torch.ones(3)}, "alibi_slopes is of shape"),
+    ({"alibi_slopes": torch.tensor([1.0, 2.0, 3.0, torch.nan])}, "alibi_slopes is holding nan"),
     ({"alibi_slopes": [1.0] * 4}, "alibi_slopes is list"),
     ({"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes is on meta"),
     ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes is one that requires grad"),
