@@ -40,7 +40,7 @@ from . import activations, lazy_triton, linear_act_triton, native
 from .activations import ACTIVATIONS, Drop, Middle, Wanted
 from .checks import fail, has_shape, is_float_tensor, is_probability, matches
 from .dropout import draw_seed
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable, tracked
 
 RIDGE = 200  # FLOPs that a GPU does while it moves one byte: H200, 989 TFLOP/s over 4.8 TB/s
 TRITON_LOSS = 0.25  # how much longer than cuBLAS's a Triton product is assumed to take
@@ -507,14 +507,6 @@ def _cast(op: str, x: Tensor, others: dict[str, Tensor | None]) -> list[Any]:
     return [x, *others.values()]
 
 
-def _training(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
 ) -> Tensor:
@@ -529,7 +521,7 @@ def linear_act(
     _check_activation("linear_act", activation)
     _check_layer("linear_act", x, ("weight", "bias"), weight, bias, "the last dim of x")
     x, weight, bias = _cast("linear_act", x, {"weight": weight, "bias": bias})
-    return LINEAR_ACT(x, weight, bias, activation, _training(x, weight, bias))[0]
+    return LINEAR_ACT(x, weight, bias, activation, tracked((x, weight, bias)))[0]
 
 
 def feed_forward(
@@ -565,6 +557,6 @@ def feed_forward(
     others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate}
     x, w1, b1, w2, b2, gate = _cast("feed_forward", x, others)
     seed = draw_seed(x.device) if dropout_p > 0 else None
-    training = _training(x, w1, b1, w2, b2, gate)
+    training = tracked((x, w1, b1, w2, b2, gate))
     arguments = (x, w1, b1, w2, b2, gate, seed, activation, float(dropout_p), training)
     return FEED_FORWARD(*arguments)[0]

@@ -45,7 +45,7 @@ from .cross_entropy import (
     reference_in_place,
     reference_losses,
 )
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable, tracked
 
 FEWEST_ROWS = 64  # of a chunk: fewer make poor matrix products
 CHUNK_BYTES = 256 << 20
@@ -364,7 +364,7 @@ def linear_cross_entropy(
     if bias is not None:
         matches(op, "bias", bias, "x", x)
     ahead = torch.is_grad_enabled() and reduction != "none"
-    needs = [ahead and t is not None and t.requires_grad for t in (x, weight, bias)]
+    needs = [ahead and t is not None and tracked((t,)) for t in (x, weight, bias)]
     numbers = (ignore_index, float(label_smoothing), float(z_loss))
     loss: Tensor = OP(x, weight, bias, target, *numbers, reduction, needs)[0]
     return loss

@@ -31,7 +31,7 @@ from .checks import (
     same_device,
 )
 from .dropout import draw_seed, kept, scale
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype
+from .op import Cost, Implementation, Op, accumulator, autocast_dtype, tracked
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -286,16 +286,6 @@ def _check_dtypes(
         raise fail(op, "bias", bias.dtype, f"weight is {weight.dtype}; cast one")
 
 
-def _trains(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a gradient may be asked for."""
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def normalise(
     op: Op,
     x: Tensor,
@@ -328,7 +318,7 @@ def normalise(
     elif not usual:
         _check_dtypes(name, x, residual, weight, bias)
     seed = draw_seed(x.device) if dropout_p > 0 else None
-    trains = _trains((x, residual, weight, bias))
+    trains = tracked((x, residual, weight, bias))
     flags = prenorm or trains, trains
     y, s, _, _ = op(x, residual, weight, bias, seed, float(eps), float(dropout_p), *flags)
     if not prenorm:

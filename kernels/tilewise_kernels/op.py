@@ -9,6 +9,7 @@ the public function checks and normalises what the caller gave and then calls th
 The eager way skips torch's dispatcher, whose Python boundary costs more than a small kernel. It
 steps aside whenever something wants to see the op: torch.compile and export, a dispatch mode,
 functorch, tensor subclasses. Both ways end in the same Implementation, so the results are equal.
+torch.func's transforms see the registered op through an autograd.Function of their own kind.
 """
 
 from __future__ import annotations
@@ -177,6 +178,17 @@ def _has_tangents(args: Sequence[object]) -> bool:
     )
 
 
+def tracked(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient may be asked for; a tensor under torch.func.vmap does not tell."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    transform = None if _is_compiling() else _transform()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on `device`, or None."""
     if _any_autocast() and device.type != "meta" and torch.is_autocast_enabled(device.type):
@@ -268,6 +280,7 @@ class Op:
         if backward_schema is not None:
             self._register_backward(backward_schema)
         self._eager_function = _eager_function(self)
+        self._transformed_function = _transformed_function(self)
         _ops[name] = self
 
     # -- running -------------------------------------------------------------------------------
@@ -279,6 +292,8 @@ class Op:
                 raise RuntimeError(
                     f"tilewise::{self.name} has no forward-mode derivative; use plain torch ops"
                 )
+            if self.inputs_with_grad and not _is_compiling() and _transform() is not None:
+                return self._transformed_function(*args)
             return self._registered(*args)
         for observe in _observing.functions:
             observe(self, args)
@@ -399,17 +414,14 @@ class Op:
         def gradients(ctx: Any, *grads: Any) -> Any:
             return self._gradients(ctx, grads, eager=False)
 
-        def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(f"tilewise::{name} has no second derivative; use plain torch ops")
-
         torch.library.register_autograd(
             f"tilewise::{name}", gradients, setup_context=keep, lib=_library
         )
         torch.library.register_autograd(
-            f"tilewise::{backward_name}", refuse_second_derivative, lib=_library
+            f"tilewise::{backward_name}", self._refuse_second_derivative, lib=_library
         )
 
-    # -- autograd, shared by both ways -----------------------------------------------------------
+    # -- autograd, shared by all ways ------------------------------------------------------------
 
     def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, implementation: str) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -443,6 +455,9 @@ class Op:
             result[i] = gradient if need else None
         return tuple(result)
 
+    def _refuse_second_derivative(self, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"tilewise::{self.name} has no second derivative; use plain torch ops")
+
 
 def _eager_function(op: Op) -> Callable[..., Any]:
     class Eager(torch.autograd.Function):
@@ -470,6 +485,42 @@ def _eager_function(op: Op) -> Callable[..., Any]:
 
     Eager.__name__ = Eager.__qualname__ = op.name
     return Eager.apply
+
+
+def _transformed_function(op: Op) -> Callable[..., Any]:
+    """The registered op for torch.func, whose transforms cannot take register_autograd's rule."""
+
+    class Gradients(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op._registered_backward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return op._refuse_second_derivative(ctx, *grads)
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op._registered(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            op._keep(ctx, inputs, output, _forced.implementation(op.name) or "")
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return op._gradients(ctx, grads, Gradients.apply)
+
+    return Transformed.apply
 
 
 # -- the user's handles --------------------------------------------------------------------------

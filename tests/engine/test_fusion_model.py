@@ -139,6 +139,31 @@ def test_compile() -> None:
     agree(compiled(x[:2, :5]), loss(x[:2, :5]))
 
 
+def test_gradients_of_each_sample() -> None:
+    """torch.func's recipe: functional_call, grad and vmap."""
+    model, xs = block().eval(), torch.randn(B, S, E)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return run(self.parts, x)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        named = {f"parts.{name}": p for name, p in parameters.items()}
+        return torch.func.functional_call(Whole(), named, (x[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    expected = each(parameters, xs)
+    tilewise.fuse(model)
+    found = each(parameters, xs)
+    for name, gradient in expected.items():
+        agree(found[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_revert(training: bool) -> None:
     model, x = block().train(training), torch.randn(B, S, E)

@@ -38,9 +38,9 @@ def fuse(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     within `tolerance` times its largest element (1e-4 for float32, 1e-2 float16, 5e-2 bfloat16,
     1e-9 float64); not compared: NaN, and where a 2-D attention_mask in the example is 0. A model
     that changes what it is given (a cache) or keeps state between calls needs an example without.
-    A fused model runs eagerly, under torch.compile and torch.export; torch.func, torch.jit and
-    torch.fx take the model as it was, after report.revert(). Models of transformers that share one
-    config object share its attention too.
+    A fused model runs eagerly, under torch.compile, torch.export and torch.func's grad, vjp, jacrev
+    and vmap; torch.jit and torch.fx take the model as it was, after report.revert(). Models of
+    transformers that share one config object share its attention too.
     Returns a FusionReport. Raises ArgumentError for a model or example of another kind, and
     FusionError when outputs disagree; whatever is raised, the model is left as it was.
     """
