@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise_kernels import log_softmax_topk
+from tilewise_kernels import cross_entropy, log_softmax_topk
 
 from ..errors import GenerationError
 from .cache import Steps
@@ -177,10 +177,8 @@ def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOpt
     past = _left_padded(prompts, device)
     for step in range(limit):
         history = torch.cat([past, result.tokens[sentences, 0, :step]], 1)
-        scores = process(logits.float(), history, step, options)
-        best, tokens = scores.max(-1)
+        best, tokens, log_probs = _likeliest(logits, history, step, options)
         _check_scores(~best.isfinite(), sentences, step)
-        log_probs = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
         result.tokens[sentences, 0, step] = tokens
         result.log_probs[sentences, 0, step] = log_probs
         result.lengths[sentences, 0] = step + 1
@@ -194,6 +192,17 @@ def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOpt
         logits = steps.step(tokens, torch.arange(len(tokens), device=device))
     result.scores /= result.lengths ** float(options.length_penalty)
     return result
+
+
+def _likeliest(
+    logits: Tensor, history: Tensor, step: int, options: GenerationOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row [R, V]: the best score by the rules, its token, that one's log-probability."""
+    if untouched(step, options):
+        log_probs, tokens = (found[:, 0] for found in log_softmax_topk(logits, 1))
+        return log_probs, tokens, log_probs
+    best, tokens = process(logits.float(), history, step, options).max(-1)
+    return best, tokens, -cross_entropy(logits, tokens, reduction="none")
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> Tensor:

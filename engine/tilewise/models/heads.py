@@ -6,7 +6,8 @@ Shapes: hidden [R, S, E]; logits [R, S, V].
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from tilewise_kernels import cross_entropy
 
 from tilewise_kernels import linear_act
 
@@ -82,10 +83,8 @@ class MaskedHead(nn.Module):
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy [nats] over the labels other than -100."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL
-    )
+    """Mean cross-entropy [nats] over the labels other than -100, 0 where there is none."""
+    return cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
 
 def initialise(module: nn.Module, std: float) -> None:
