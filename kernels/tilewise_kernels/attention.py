@@ -75,7 +75,8 @@ def _triton_backward(
     return attention_triton.backward(grad, q, k, v, out, lse, *how, needs)
 
 
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+def triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+    """Why no Triton kernel of attention takes these, [..., D] each, or None."""
     if q.dtype == torch.float64:
         return "its matrix products have no float64"
     for name, width in (("head dim", q.shape[3]), ("head dim of v", v.shape[3])):
@@ -138,8 +139,8 @@ OP = Op(
             _triton_backward,
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=_triton_refuses,
-            refuses_backward=lambda grad, q, k, v, *_: _triton_refuses(q, k, v),
+            refuses=triton_refuses,
+            refuses_backward=lambda grad, q, k, v, *_: triton_refuses(q, k, v),
         ),
         Implementation(
             "torch",

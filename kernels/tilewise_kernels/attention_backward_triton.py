@@ -38,10 +38,9 @@ from .attention_tiles_triton import (
     locate,
     query_range,
     store_tile,
-    strides,
     tile_lists,
 )
-from .launch import Launch, architecture
+from .launch import Launch, architecture, strides
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run

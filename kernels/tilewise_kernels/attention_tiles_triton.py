@@ -32,7 +32,7 @@ from torch import Tensor
 from . import dropout
 from .configs import attention_config
 from .dropout import kept_at, mixed_rows
-from .launch import Launch
+from .launch import Launch, padded, strides
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
@@ -349,19 +349,6 @@ class Call(NamedTuple):
         left = None if self.left < 0 else min(self.left, reach)
         right = None if self.right < 0 else min(self.right, reach)
         return left, 0 if self.causal else right
-
-
-def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
-    """The strides as kernel arguments stride_<name><axis>; 0 where the tensor is broadcast."""
-    if tensor is None:
-        return {f"stride_{name}{axis}": 0 for axis in axes}
-    sizes = zip(axes, tensor.shape, tensor.stride(), strict=True)
-    return {f"stride_{name}{axis}": stride if size > 1 else 0 for axis, size, stride in sizes}
-
-
-def padded(width: int) -> int:
-    """Width of the tile that holds a head: a power of two, at least what a tensor core takes."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def mask_kind(call: Call) -> str:

@@ -36,6 +36,7 @@ from .checks import (
     is_whole,
     same_device,
 )
+from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -210,8 +211,8 @@ OP = Op(
             _backward(cross_entropy_triton.dlogits),
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=lambda logits, *_: cross_entropy_triton.refuses(logits),
-            refuses_backward=lambda grad, logits, *_: cross_entropy_triton.refuses(logits),
+            refuses=lambda logits, *_: refuses(logits),
+            refuses_backward=lambda grad, logits, *_: refuses(logits),
         ),
         Implementation(
             "native",

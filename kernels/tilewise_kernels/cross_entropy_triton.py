@@ -21,9 +21,7 @@ from torch import Tensor
 
 from .launch import Compilation, Launch
 from .lazy_triton import jit, load
-from .log_softmax_triton import as_rows, load_tile, normaliser, refuses, tile
-
-__all__ = ["compilations", "dlogits", "in_place", "losses", "refuses"]
+from .log_softmax_triton import load_tile, normaliser, tile, unit_rows
 
 tl: Any = None  # triton.language once load() has run
 
@@ -132,7 +130,7 @@ def losses(
     found = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     statistics = found.new_empty((*target.shape, 2))
     if target.numel():
-        rows, flat = as_rows(logits), target.reshape(-1).contiguous()
+        rows, flat = unit_rows(logits), target.reshape(-1).contiguous()
         launch = losses_launch(rows, flat, found, statistics, ignored, smoothing, z)
         launch.run(logits.device)
     return found, statistics
@@ -169,7 +167,7 @@ def _write_dlogits(
     if not target.numel():
         return
     weight = weight.reshape(-1) if weight.dim() else weight
-    rows, flat = as_rows(logits), target.reshape(-1).contiguous()
+    rows, flat = unit_rows(logits), target.reshape(-1).contiguous()
     dlogits_launch(weight, rows, flat, statistics.contiguous(), out, *options).run(out.device)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import lazy_triton, native
-from .attention import bounds, check_bias, check_slopes
+from .attention import bounds, check_bias, check_slopes, triton_refuses
 from .attention_cpu import flash_cpu, runs
 from .checks import (
     fail,
@@ -34,7 +34,6 @@ from .checks import (
     same_device,
 )
 from .errors import ArgumentError
-from .launch import architecture
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 MAX_SHARED = 64  # queries that may share a key head in the native kernel: kMaxShared of csrc
@@ -284,18 +283,6 @@ def _triton_forward(*args: Any) -> tuple[Tensor]:
     return (decode_attention_triton.forward(*args),)
 
 
-def _triton_refuses(q: Tensor, *_: object) -> str | None:
-    if q.dtype == torch.float64:
-        return "its matrix products have no float64"
-    if not 1 <= q.shape[3] <= 256:
-        return f"head dim {q.shape[3]} is outside 1..256"
-    if 0 < architecture(q.device) < 80:
-        return f"its block sizes are for sm_80 and newer, this is sm_{architecture(q.device)}"
-    if not q.is_cuda and q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    return None
-
-
 def cost(q: Tensor, k_cache: Tensor, *_: object) -> Cost:
     """Each row reads its whole cache: T is the capacity, an upper bound on the lengths."""
     r, hq, sq, d = q.shape
@@ -319,7 +306,7 @@ OP = Op(
             reference_backward,
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=_triton_refuses,
+            refuses=lambda q, *_: triton_refuses(q, q, q),
         ),
         Implementation(
             "native",

@@ -39,12 +39,10 @@ import torch
 from torch import Tensor
 
 from .configs import DECODE_COMBINE, decode_config
-from .launch import Compilation, Launch, architecture
+from .launch import Compilation, Launch, architecture, multiprocessors, padded, strides
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
-
-INTERPRETED_PROCESSORS = 16  # as if: enough for several splits of a small cache
 
 
 @jit
@@ -319,25 +317,6 @@ def divide(capacity: int, block_n: int, programs: int, slots: int) -> tuple[int,
     wanted = min(range(1, max(1, min(64, tiles // 2)) + 1), key=time)
     size = -(-tiles // wanted) * block_n
     return -(-capacity // size), size
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs a GPU runs side by side, one per multiprocessor."""
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def strides(name: str, axes: str | tuple[str, ...], tensor: Tensor | None) -> dict[str, int]:
-    """The strides of a tensor as kernel arguments stride_<name><axis>; 0 where there is none."""
-    values = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {f"stride_{name}{axis}": s for axis, s in zip(axes, values, strict=True)}
-
-
-def padded(width: int) -> int:
-    """Width of the tile that holds a head: a power of two, at least what a tensor core takes."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 # ---- ahead-of-time compilation -----------------------------------------------------------------

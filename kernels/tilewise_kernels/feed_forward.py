@@ -40,6 +40,7 @@ from . import activations, lazy_triton, linear_act_triton, native
 from .activations import ACTIVATIONS, Drop, Middle, Wanted
 from .checks import fail, has_shape, is_float_tensor, is_probability, matches
 from .dropout import draw_seed
+from .launch import as_rows, refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable, tracked
 
 RIDGE = 200  # FLOPs that a GPU does while it moves one byte: H200, 989 TFLOP/s over 4.8 TB/s
@@ -49,13 +50,6 @@ FEW_ROWS = 512  # below this a product is bound by the weight, not by its epilog
 Outputs = tuple[Tensor, Tensor]  # y and what is kept of h (empty when nothing is)
 Gradients = tuple[Tensor | None, ...]
 NO_DROPOUT = Drop(None, 0.0)
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    """[M, last dim], a view where the leading dims collapse into one stride."""
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _like_rows(rows: Tensor, x: Tensor) -> Tensor:
@@ -113,14 +107,14 @@ def _linear_backward(middle: Middle) -> Callable[..., Gradients]:
         activation: str,
         needs: list[bool],
     ) -> Gradients:
-        dh = _as_rows(grad)
+        dh = as_rows(grad)
         if kept is not None:
             private = disposable() and ACTIVATIONS[activation].keeps_h  # else it is y itself
             wanted = Wanted(a=False, dg=False, over_da=False, over_kept=private)
-            dh, _, _ = middle.backward(dh, _as_rows(kept), None, NO_DROPOUT, activation, wanted)
+            dh, _, _ = middle.backward(dh, as_rows(kept), None, NO_DROPOUT, activation, wanted)
         return (
             _like_rows(dh @ weight, x) if needs[0] else None,
-            dh.t() @ _as_rows(x) if needs[1] else None,
+            dh.t() @ as_rows(x) if needs[1] else None,
             dh.sum(0) if needs[2] else None,
         )
 
@@ -132,16 +126,8 @@ def _triton_linear(
 ) -> Outputs:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     h = torch.empty_like(y) if _keeps(activation, training) else None
-    linear_act_triton.forward(_as_rows(x), weight, bias, activation, y, h)
+    linear_act_triton.forward(as_rows(x), weight, bias, activation, y, h)
     return y, x.new_empty(0) if h is None else h
-
-
-def _triton_refuses(x: Tensor, *_: object) -> str | None:
-    if x.dtype == torch.float64:
-        return "float64 is computed by torch"
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    return None
 
 
 def _triton_slower(
@@ -212,9 +198,9 @@ LINEAR_ACT = Op(
             _linear_backward(activations.TRITON),
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=_triton_refuses,
+            refuses=lambda x, *_: refuses(x),
             slower=_triton_slower,
-            refuses_backward=lambda grad, x, *_: _triton_refuses(x),
+            refuses_backward=lambda grad, x, *_: refuses(x),
         ),
         Implementation(
             "native",
@@ -265,8 +251,8 @@ def _block(middle: Middle) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         g = x.new_empty(0) if gate is None else F.linear(x, gate)
         keeps_a = _keeps_a(gate, seed, activation)
         a = middle.forward(
-            _as_rows(h),
-            None if gate is None else _as_rows(g),
+            as_rows(h),
+            None if gate is None else as_rows(g),
             Drop(seed, dropout_p),
             activation,
             keeps_a or not training,
@@ -316,8 +302,8 @@ def _block_backward(middle: Middle) -> Callable[..., Gradients]:
         needs: list[bool],
     ) -> Gradients:
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_gate = needs
-        rows, x_rows, h = _as_rows(grad), _as_rows(x), _as_rows(h)
-        g = None if gate is None or g is None else _as_rows(g)
+        rows, x_rows, h = as_rows(grad), as_rows(x), as_rows(h)
+        g = None if gate is None or g is None else as_rows(g)
         db2 = rows.sum(0) if needs_b2 else None
         drop, private = Drop(seed, dropout_p), disposable()
         if not (needs_x or needs_w1 or needs_b1 or needs_gate):
@@ -447,9 +433,9 @@ FEED_FORWARD = Op(
             _block_backward(activations.TRITON),
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=_triton_refuses,
+            refuses=lambda x, *_: refuses(x),
             slower=_block_slower,
-            refuses_backward=lambda grad, x, *_: _triton_refuses(x),
+            refuses_backward=lambda grad, x, *_: refuses(x),
         ),
         Implementation(
             "native",

@@ -45,6 +45,7 @@ from .cross_entropy import (
     reference_in_place,
     reference_losses,
 )
+from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable, tracked
 
 FEWEST_ROWS = 64  # of a chunk: fewer make poor matrix products
@@ -302,10 +303,8 @@ OP = Op(
             _backward(_TRITON),
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=lambda x, *_: cross_entropy_triton.refuses(x),
-            refuses_backward=lambda grad, x, weight, bias, target, share, dx, *_: (
-                cross_entropy_triton.refuses(dx)
-            ),
+            refuses=lambda x, *_: refuses(x),
+            refuses_backward=lambda grad, x, weight, bias, target, share, dx, *_: refuses(dx),
         ),
         Implementation(
             "native",

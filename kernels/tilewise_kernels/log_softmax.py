@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import lazy_triton, log_softmax_triton, native
 from .checks import fail, is_float_tensor, is_whole
+from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 Pair = tuple[Tensor, Tensor]
@@ -90,11 +91,9 @@ OP = Op(
             _triton_backward,
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=lambda x, dim: log_softmax_triton.refuses(x),
+            refuses=lambda x, dim: refuses(x),
             slower=_strided,
-            refuses_backward=lambda grad, y, dim, _: (
-                log_softmax_triton.refuses(y) or _strided(y, dim)
-            ),
+            refuses_backward=lambda grad, y, dim, _: refuses(y) or _strided(y, dim),
         ),
         Implementation(
             "native",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .configs import TOPK, walk_config
-from .launch import Compilation, Launch
+from .launch import Compilation, Launch, as_rows, padded, refuses
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
@@ -157,9 +157,9 @@ def combine_kernel(
 # -- launchers -----------------------------------------------------------------------------------
 
 
-def as_rows(tensor: Tensor) -> Tensor:
+def unit_rows(tensor: Tensor) -> Tensor:
     """[M, V] with column stride 1 (a copy only where the strides demand one)."""
-    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    rows = as_rows(tensor)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -203,7 +203,7 @@ def topk_launches(x: Tensor, k: int, scores: Tensor, ids: Tensor) -> Iterator[La
     options = {"num_warps": warps if piece <= least else 2 * warps, "enable_fp_fusion": True}
     yield Launch(piece_kernel, (M * pieces,), between | first | {"K": k}, options)
     second = {"piece_ids_ptr": piece_ids, "scores_ptr": scores, "ids_ptr": ids, "V": V, "K": k}
-    second |= {"PIECES": _padded(pieces), "CANDIDATES": _padded(pieces * k)}
+    second |= {"PIECES": padded(pieces), "CANDIDATES": padded(pieces * k)}
     options = {"num_warps": TOPK["join"][1], "enable_fp_fusion": True}
     yield Launch(combine_kernel, (M,), between | second, options)
 
@@ -211,11 +211,7 @@ def topk_launches(x: Tensor, k: int, scores: Tensor, ids: Tensor) -> Iterator[La
 def piece_of(V: int) -> int:
     """Columns of a piece: a power of two, and a row has no more of them than the table says."""
     least, most = TOPK["piece"][0], TOPK["join"][0]
-    return max(min(least, _padded(V)), _padded(-(-V // most)))
-
-
-def _padded(length: int) -> int:
-    return max(16, 1 << (length - 1).bit_length())
+    return max(min(least, padded(V)), padded(-(-V // most)))
 
 
 def forward(x: Tensor) -> Tensor:
@@ -223,7 +219,7 @@ def forward(x: Tensor) -> Tensor:
     load(globals())
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        forward_launch(as_rows(x), as_rows(y)).run(x.device)
+        forward_launch(unit_rows(x), unit_rows(y)).run(x.device)
     return y
 
 
@@ -232,14 +228,14 @@ def backward(grad: Tensor, y: Tensor) -> Tensor:
     load(globals())
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel():
-        backward_launch(as_rows(grad), as_rows(y.contiguous()), as_rows(dx)).run(y.device)
+        backward_launch(unit_rows(grad), unit_rows(y.contiguous()), unit_rows(dx)).run(y.device)
     return dx
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Of x [..., V]: scores [..., k] float32 [nats] and ids [..., k] int64, largest first."""
     load(globals())
-    rows = as_rows(x)
+    rows = unit_rows(x)
     scores = torch.empty(rows.shape[0], k, dtype=torch.float32, device=x.device)
     ids = torch.empty(rows.shape[0], k, dtype=torch.int64, device=x.device)
     if x.numel():
@@ -247,15 +243,6 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             launch.run(x.device)
     shape = (*x.shape[:-1], k)
     return scores.view(shape), ids.view(shape)
-
-
-def refuses(x: Tensor) -> str | None:
-    """What x has that no kernel here takes, or None."""
-    if x.dtype == torch.float64:
-        return "float64 is computed by torch"
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        return "Triton's interpreter is not to be trusted with bfloat16"
-    return None
 
 
 def refuses_topk(x: Tensor, k: int) -> str | None:

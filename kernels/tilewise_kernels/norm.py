@@ -31,6 +31,7 @@ from .checks import (
     same_device,
 )
 from .dropout import draw_seed, kept, scale
+from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype, tracked
 
 HALF = (torch.float16, torch.bfloat16)
@@ -172,8 +173,8 @@ def _triton_way(rms: bool) -> Implementation:
         _backward(norm_triton.gradients),
         devices=("cuda",),
         missing=lazy_triton.missing,
-        refuses=lambda x, *_: norm_triton.refuses(x),
-        refuses_backward=lambda grad, grad_s, s, *_: norm_triton.refuses(s),
+        refuses=lambda x, *_: refuses(x),
+        refuses_backward=lambda grad, grad_s, s, *_: refuses(s),
     )
 
 

@@ -18,7 +18,6 @@ The functions here launch kernels and nothing else: `norm.py` validates and choo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from .configs import norm_config
 from .dropout import kept_at, mixed_rows, scale, threshold
-from .launch import Compilation, Launch
+from .launch import Compilation, Launch, as_rows, multiprocessors, strides
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
@@ -332,18 +331,6 @@ def weight_kernel(
 # -- launchers -----------------------------------------------------------------------------------
 
 
-def _as_rows(tensor: Tensor | None) -> Any:
-    """[M, N] view (a copy only where the leading dims do not collapse into one stride)."""
-    if tensor is None:
-        return None
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
-def _strides(name: str, rows: Tensor | None) -> dict[str, int]:
-    row, column = (0, 0) if rows is None else rows.stride()
-    return {f"stride_{name}m": row, f"stride_{name}n": column}
-
-
 def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
     return {"seed_ptr": seed, "threshold": threshold(p), "scale": scale(p)}
 
@@ -373,7 +360,8 @@ def forward_launch(
         "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "bias_ptr": bias,
         "y_ptr": y, "s_ptr": s, "mean_ptr": mean, "rstd_ptr": rstd,
         "M": M, "N": N, "eps": eps, "RMS": rms,
-        **_dropout(seed, dropout_p), **_strides("x", x), **_strides("r", residual), **tile,
+        **strides("x", "mn", x), **strides("r", "mn", residual), **_dropout(seed, dropout_p),
+        **tile,
     }  # fmt: skip
     kernel = forward_kernel if whole else forward_long_kernel
     return Launch(kernel, (-(-M // tile["ROWS"]),), arguments, options)
@@ -399,11 +387,11 @@ def backward_launches(
     M, N = s.shape
     programs = next((p.shape[0] for p in partial if p is not None), partial_rows(M, N, s.device))
     common = {"grad_ptr": grad, "s_ptr": s, "mean_ptr": mean, "rstd_ptr": rstd, "M": M, "N": N}
-    common |= {**_strides("g", grad), **_strides("s", s)}
+    common |= {**strides("g", "mn", grad), **strides("s", "mn", s)}
     sums: dict[str, Any] = {"dweight_ptr": partial[0], "dbias_ptr": partial[1]}
     sums["programs"] = programs
     rows: dict[str, Any] = {"grad_s_ptr": grad_s, "weight_ptr": weight, "dx_ptr": dx, "ds_ptr": ds}
-    rows |= {**_dropout(seed, dropout_p), **_strides("h", grad_s)}
+    rows |= {**_dropout(seed, dropout_p), **strides("h", "mn", grad_s)}
     if N <= SUM_COLUMNS:
         tile, options = _tile("backward", M, N)
         stages = {"STAGES": BACKWARD_STAGES}
@@ -421,7 +409,7 @@ def backward_launches(
 
 def partial_rows(M: int, N: int, device: torch.device) -> int:
     """Programs that share the rows: enough to fill the GPU twice, at most one per tile."""
-    wanted = 32 if N > SUM_COLUMNS else 2 * _processors(device)
+    wanted = 32 if N > SUM_COLUMNS else 2 * multiprocessors(device, interpreted=2)
     return min(-(-M // norm_config("weight" if N > SUM_COLUMNS else "backward", N).rows), wanted)
 
 
@@ -433,13 +421,6 @@ def _tile(kernel: str, M: int, N: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "num_warps": num_warps,
         "enable_fp_fusion": True,
     }
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(
@@ -469,7 +450,8 @@ def forward(
     if x.numel() == 0:
         return y, s, mean.fill_(torch.nan), rstd.fill_(torch.nan)  # N = 0: the mean of nothing
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
-    operands = _as_rows(x), _as_rows(residual), weight, bias, seed, eps, dropout_p
+    residual = None if residual is None else as_rows(residual)
+    operands = as_rows(x), residual, weight, bias, seed, eps, dropout_p
     forward_launch(*operands, (y, s, mean, rstd), rms).run(x.device)
     return y, s, mean, rstd
 
@@ -503,7 +485,7 @@ def gradients(
         zeros = [s.new_zeros(columns, dtype=weight_dtype) for _ in range(2)]
         return dx, dresidual, *zeros
     weight = None if weight is None else weight.contiguous()
-    grad, grad_s, s = _as_rows(grad), _as_rows(grad_s), _as_rows(s)
+    grad, s, grad_s = as_rows(grad), as_rows(s), None if grad_s is None else as_rows(grad_s)
     programs = partial_rows(s.shape[0], columns, s.device)
     sums = rstd.new_empty(sum(parameters), programs, columns)
     each = iter(sums)
@@ -513,15 +495,6 @@ def gradients(
         launch.run(s.device)
     totals = iter(sums.sum(1).to(weight_dtype))
     return dx, dresidual, *(next(totals) if wanted else None for wanted in parameters)
-
-
-def refuses(s: Tensor) -> str | None:
-    """What the rows s have that no kernel here takes, or None."""
-    if s.dtype == torch.float64:
-        return "float64 is computed by torch"
-    if not s.is_cuda and s.dtype == torch.bfloat16:
-        return "Triton's interpreter is not to be trusted with bfloat16"
-    return None
 
 
 # -- ahead of time ---------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import lazy_triton, native, rotary_triton
 from .checks import fail, is_flag, is_float_tensor, matches, same_device, shape_of
+from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype
 
 # -- reference -----------------------------------------------------------------------------------
@@ -149,8 +150,8 @@ OP = Op(
             _backward(rotary_triton.turn_back),
             devices=("cuda",),
             missing=lazy_triton.missing,
-            refuses=lambda q, *_: rotary_triton.refuses(q),
-            refuses_backward=lambda grad_q, grad_k, *_: rotary_triton.refuses(
+            refuses=lambda q, *_: refuses(q),
+            refuses_backward=lambda grad_q, grad_k, *_: refuses(
                 grad_k if grad_q is None else grad_q
             ),
         ),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .configs import rotary_config
-from .launch import Compilation, Launch
+from .launch import Compilation, Launch, strides
 from .lazy_triton import jit, load
 
 tl: Any = None  # triton.language once load() has run
@@ -108,10 +108,6 @@ def _padded(columns: int) -> int:
     return 1 << (columns - 1).bit_length() if columns > 0 else 0
 
 
-def _strides(name: str, x: Tensor, letters: str) -> dict[str, int]:
-    return {f"stride_{name}{d}": n for d, n in zip(letters, x.stride(), strict=False)}
-
-
 def rotary_launch(
     q: Tensor,
     k: Tensor,
@@ -130,9 +126,9 @@ def rotary_launch(
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin,
         "yq_ptr": outputs[0], "yk_ptr": outputs[1],
         "S": S, "D": D, "half": half, "q_heads": q_heads, "k_heads": k.shape[1],
-        **_strides("q", q, "bhs"), **_strides("k", k, "bhs"),
-        **_strides("yq", outputs[0], "bhs"), **_strides("yk", outputs[1], "bhs"),
-        **_strides("c", cos, "bsj"), **_strides("s", sin, "bsj"),
+        **strides("q", "bhs", q), **strides("k", "bhs", k),
+        **strides("yq", "bhs", outputs[0]), **strides("yk", "bhs", outputs[1]),
+        **strides("c", "bsj", cos), **strides("s", "bsj", sin),
         "INVERSE": inverse, "INTERLEAVED": interleaved, "TOKENS": config.tokens,
         "HEADS": config.heads, "BLOCK": block, "REST": rest,
     }  # fmt: skip
@@ -175,15 +171,6 @@ def turn_back(
 ) -> tuple[Tensor, Tensor]:
     """q and k turned by the opposite angles."""
     return _run(q, k, cos, sin, interleaved, True)
-
-
-def refuses(x: Tensor) -> str | None:
-    """What x has that no kernel here takes, or None."""
-    if x.dtype == torch.float64:
-        return "float64 is computed by torch"
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        return "Triton's interpreter rounds bfloat16 wrongly"
-    return None
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
