@@ -412,7 +412,7 @@ class Op:
             self._keep(ctx, inputs, output, _forced.implementation(name) or "")
 
         def gradients(ctx: Any, *grads: Any) -> Any:
-            return self._gradients(ctx, grads, eager=False)
+            return self._gradients(ctx, grads, self._registered_backward)
 
         torch.library.register_autograd(
             f"tilewise::{name}", gradients, setup_context=keep, lib=_library
@@ -432,8 +432,13 @@ class Op:
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*outputs[self.outputs_with_grad :])
 
-    def _gradients(self, ctx: Any, grads: Sequence[Any], *, eager: bool) -> Any:
-        """Gradients in the order of the forward's inputs, None where none is wanted."""
+    def _gradients(
+        self, ctx: Any, grads: Sequence[Any], registered: Callable[..., Any] | None
+    ) -> Any:
+        """Gradients in the order of the forward's inputs, None where none is wanted.
+
+        registered: what runs the registered backward; None: the implementation runs directly.
+        """
         needed, wanted = ctx.needs_input_grad, grads[: self.outputs_with_grad]
         result: list[Tensor | None] = [None] * len(needed)
         for grad in wanted:
@@ -446,10 +451,10 @@ class Op:
         if _backward.disposable:  # a retry after an error raises, and does not read what it left
             ctx.maybe_clear_saved_tensors()
         arguments, name = (*wanted, *saved, *ctx.constants, needs), ctx.implementation
-        if eager:
+        if registered is None:
             found = _readied(self.implementations[name].backward, grad)(*arguments)
         else:
-            found = self._registered_backward(*arguments, name)
+            found = registered(*arguments, name)
             found = found if isinstance(found, (tuple, list)) else (found,)
         for i, need, gradient in zip(self.inputs_with_grad, needs, found, strict=True):
             result[i] = gradient if need else None
@@ -476,10 +481,10 @@ def _eager_function(op: Op) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Any) -> Any:
             # create_graph: the registered op refuses to go further; vmap wants it registered
             if torch.is_grad_enabled() or _batched(grads):
-                return op._gradients(ctx, grads, eager=False)
+                return op._gradients(ctx, grads, op._registered_backward)
             _backward.disposable = not ctx.hooked and not _graph_is_kept()
             try:
-                return op._gradients(ctx, grads, eager=True)
+                return op._gradients(ctx, grads, None)
             finally:
                 _backward.disposable = False
 

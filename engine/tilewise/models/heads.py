@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tilewise_kernels import cross_entropy
-
-from tilewise_kernels import linear_act
+from tilewise_kernels import cross_entropy, linear_act
 
 from ..config import ModelConfig
 from ..layers import norm_of
