@@ -12,7 +12,6 @@
 
 #include <algorithm>
 
-#include "dropout.h"
 #include "vectors.h"
 
 namespace tilewise::CPU_CAPABILITY {
@@ -125,27 +124,17 @@ void with_act(Act act, const Body& body) {
 
 constexpr int64_t kStrip = 256;  // columns whose dropout factors are found at a time
 
-// What dropout multiplies the columns `first` and on of a row with.
-template <typename A>
-void dropout_factors(const Activation& args, int64_t row, int64_t first, int64_t count, A* out) {
-  const uint32_t mixed = mixed_row(args.seed, row);
-  const A scale(args.scale);
-  for (int64_t j = 0; j < count; ++j) {
-    out[j] = kept_at(mixed, static_cast<uint32_t>(first + j), args.threshold) ? scale : A(0);
-  }
-}
-
 // body(offset, count, factors): strips of rows, in parallel; factors is null without dropout.
 template <typename A, typename Body>
 void for_strips(const Activation& args, const Body& body) {
-  const bool drops = args.threshold > 0;
+  const bool drops = args.dropout.on();
   const int64_t strips = (args.columns + kStrip - 1) / kStrip;
   at::parallel_for(0, args.rows * strips, kGrain / kStrip, [&](int64_t begin, int64_t end) {
     A factors[kStrip];
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip / strips, first = strip % strips * kStrip;
       const int64_t count = std::min(kStrip, args.columns - first);
-      if (drops) dropout_factors(args, row, first, count, factors);
+      if (drops) dropout_factors(args.dropout, row, first, count, factors);
       body(row * args.columns + first, count, drops ? factors : nullptr);
     }
   });

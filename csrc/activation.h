@@ -1,12 +1,13 @@
 // What stands between the two products of a feed-forward block: what the CPU kernels are given.
 //
 // Legend: h, g, a and their gradients are [M, F], contiguous. a = drop(act(h) * g), without the
-// factor g where it is null and without dropout where `scale` is 1 and `threshold` 0.
+// factor g where it is null.
 #pragma once
 
 #include <cstdint>
 
 #include "capability.h"
+#include "dropout.h"
 #include "floats.h"
 
 namespace tilewise {
@@ -20,9 +21,7 @@ struct Activation {
   Float dtype;
   Act act;
   int64_t rows, columns;
-  int64_t seed;
-  uint32_t threshold;  // see dropout.h; 0 keeps everything
-  double scale;        // of kept elements
+  Dropout dropout;
 };
 
 // Outputs may be the very memory of inputs.

@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <optional>
 #include <string_view>
 
@@ -56,13 +55,10 @@ Activation arguments(const Tensor& h, const std::optional<Tensor>& g,
   args.act = act_of(activation);
   args.columns = h.size(-1);
   args.rows = args.columns == 0 ? 0 : h.numel() / args.columns;
-  args.scale = 1;
   if (seed) {
     check_dtype("activation", "seed", *seed, {at::kLong});
     TORCH_CHECK_VALUE(seed->numel() == 1, "activation: seed has ", seed->numel(), " numbers.");
-    args.seed = *seed->const_data_ptr<int64_t>();
-    args.threshold = static_cast<uint32_t>(std::ceil(p * (1 << 24)));
-    args.scale = p == 1 ? 0 : 1 / (1 - p);
+    args.dropout = dropout_of(*seed->const_data_ptr<int64_t>(), p);
   }
   return args;
 }

@@ -10,11 +10,10 @@
 // float32, or float64 for float64 logits.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 
 #include "capability.h"
+#include "floats.h"
 
 namespace tilewise {
 
@@ -25,7 +24,7 @@ struct CrossEntropy {
   void* statistics;    // [M, 2]: top and log_sum, written where there are losses, else read; or null
   void* dlogits;       // [M, V] contiguous, or null; may be the logits themselves
   const void* weight;  // of each row's gradient: [M], or [1] with weight_stride 0
-  c10::ScalarType dtype;
+  Float dtype;
   int64_t rows, columns, stride, weight_stride, ignored;
   double smoothing, z, divisor;  // divisor: of every weight
 };

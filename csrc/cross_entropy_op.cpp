@@ -13,15 +13,12 @@
 #include "capability.h"
 #include "checks.h"
 #include "cross_entropy.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
 
 using at::Tensor;
-
-at::ScalarType wide_of(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 void check(const Tensor& logits, const Tensor& target) {
   constexpr auto op = "cross_entropy";
@@ -50,22 +47,15 @@ int64_t counted(const Tensor& target, int64_t columns, int64_t ignored) {
   return std::max<int64_t>(count, 1);
 }
 
-// logits as rows with column stride 1; a copy only where the strides demand one.
-Tensor as_rows(const Tensor& logits) {
-  const int64_t columns = logits.size(-1);
-  const Tensor rows = logits.reshape({columns ? logits.numel() / columns : 0, columns});
-  return columns <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
 CrossEntropy args_of(const Tensor& rows, const Tensor& target, int64_t ignored, double smoothing,
                      double z) {
   CrossEntropy args{};
   args.logits = rows.const_data_ptr();
   args.target = target.const_data_ptr<int64_t>();
-  args.dtype = rows.scalar_type();
-  args.rows = rows.size(0);
-  args.columns = rows.size(1);
-  args.stride = rows.stride(0);
+  args.dtype = float_of(rows);
+  args.rows = row_count(rows);
+  args.columns = rows.size(-1);
+  args.stride = row_stride(rows);
   args.ignored = ignored;
   args.smoothing = smoothing;
   args.z = z;

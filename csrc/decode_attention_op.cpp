@@ -16,20 +16,13 @@
 #include "capability.h"
 #include "checks.h"
 #include "decode_attention.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
 
 using at::Tensor;
 constexpr const char* kOp = "decode_attention";
-
-Float float_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16: return Float::bf16;
-    case at::kHalf: return Float::f16;
-    default: return Float::f32;
-  }
-}
 
 template <typename I>
 void copy_indices(const Tensor& tensor, int64_t* out) {
@@ -76,7 +69,7 @@ Tensor decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor
   check_unit_stride("v_cache", v_cache);
   const Tensor& k = k_cache;
   const Tensor& v = v_cache;
-  const Tensor rows_q = q.stride(3) == 1 ? q : q.contiguous();
+  const Tensor rows_q = unit_column_stride(q);
   DecodeAttention args{};
   args.lookup = beam_index ? Lookup::beam : block_table ? Lookup::page : Lookup::own;
   args.page_size = k.size(2);

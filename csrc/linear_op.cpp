@@ -9,6 +9,7 @@
 #include "capability.h"
 #include "checks.h"
 #include "linear.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
@@ -49,8 +50,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& panels, const std::optional<Ten
   const Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
   const int64_t k = x.size(-1);
-  Tensor rows = x.dim() == 2 ? x : x.reshape({-1, k});
-  if (rows.stride(1) != 1) rows = rows.contiguous();
+  const Tensor rows = as_rows(x);
   Linear args{};
   args.x = rows.const_data_ptr();
   args.panels = panels.const_data_ptr();
@@ -59,10 +59,10 @@ Tensor linear_cpu(const Tensor& x, const Tensor& panels, const std::optional<Ten
   args.y = y.mutable_data_ptr();
   args.x_dtype = x.scalar_type();
   args.dtype = panels.scalar_type();
-  args.m = rows.size(0);
+  args.m = row_count(x);
   args.k = k;
   args.n = n;
-  args.x_stride = rows.stride(0);
+  args.x_stride = row_stride(rows);
   Tensor room;  // [M, S] words, then [M] row scales
   if (!reads_x_in_place(args)) {
     room = at::empty({args.m * panels.size(1)}, x.options().dtype(at::kInt));

@@ -23,15 +23,31 @@ namespace {
 
 // ---- whole rows ---------------------------------------------------------------------------------
 
-template <typename T>
-void forward_row(const T* x, int64_t columns, T* y) {
-  using A = Accumulate<T>;
+template <typename T, typename A>
+void forward_row(const T* x, int64_t columns, const Normaliser<A>& found, T* y) {
   using Vec = Vectorized<A>;
-  const auto found = normaliser<false>(x, columns, [](int64_t, A) {});
   const Vec top(found.top), log_sum(found.log_sum);
   int64_t j = 0;
   for (; j + kLanes<A> <= columns; j += kLanes<A>) write(y + j, read(x + j) - top - log_sum);
   if (j < columns) write(y + j, read(x + j, columns - j) - top - log_sum, columns - j);
+}
+
+template <typename T>
+void forward(const LogSoftmaxForward& args) {
+  using A = Accumulate<T>;
+  const int64_t columns = args.columns, stride = args.x_stride, step = rows_together<A>(columns);
+  at::parallel_for(0, args.rows, kGrain / columns + 1, [&](int64_t begin, int64_t end) {
+    Normaliser<A> found[kTogether];
+    for (int64_t row = begin; row < end; row += step) {
+      const int64_t rows = std::min(step, end - row);
+      const T* const x = static_cast<const T*>(args.x) + row * stride;
+      T* const y = static_cast<T*>(args.y) + row * columns;
+      normalisers<false>(x, stride, rows, columns, found);
+      for (int64_t r = 0; r < rows; ++r) {
+        forward_row(x + r * stride, columns, found[r], y + r * columns);
+      }
+    }
+  });
 }
 
 template <typename T>
@@ -179,15 +195,7 @@ void topk(const LogSoftmaxTopk& args) {
 }  // namespace
 
 void log_softmax_forward(const LogSoftmaxForward& args) {
-  with_type(args.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    at::parallel_for(0, args.rows, kGrain / args.columns + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        forward_row(static_cast<const T*>(args.x) + row * args.x_stride, args.columns,
-                    static_cast<T*>(args.y) + row * args.columns);
-      }
-    });
-  });
+  with_type(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
 }
 
 void log_softmax_backward(const LogSoftmaxBackward& args) {

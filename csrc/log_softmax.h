@@ -4,18 +4,17 @@
 // distance of two rows, in elements. y, dx, scores [M, k] and ids [M, k] are contiguous.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 
 #include "capability.h"
+#include "floats.h"
 
 namespace tilewise {
 
 struct LogSoftmaxForward {
   const void* x;
   void* y;
-  c10::ScalarType dtype;
+  Float dtype;
   int64_t rows, columns, x_stride;
 };
 
@@ -24,7 +23,7 @@ struct LogSoftmaxBackward {
   const void* grad;
   const void* y;
   void* dx;
-  c10::ScalarType dtype;
+  Float dtype;
   int64_t rows, columns, grad_stride;
 };
 
@@ -33,7 +32,7 @@ struct LogSoftmaxTopk {
   const void* x;
   void* scores;
   int64_t* ids;
-  c10::ScalarType dtype;
+  Float dtype;
   int64_t rows, columns, x_stride, k;
 };
 

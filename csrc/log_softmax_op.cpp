@@ -9,6 +9,7 @@
 #include "capability.h"
 #include "checks.h"
 #include "log_softmax.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
@@ -20,21 +21,14 @@ void check_rows(const char* op, const char* name, const Tensor& tensor) {
   check_dtype(op, name, tensor, {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf});
 }
 
-// [M, V] with column stride 1; a copy only where the strides demand one.
-Tensor as_rows(const Tensor& tensor) {
-  const int64_t columns = tensor.size(-1);
-  const Tensor rows = tensor.reshape({tensor.numel() / columns, columns});
-  return columns == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
 Tensor log_softmax_forward_cpu(const Tensor& x) {
   check_rows("log_softmax", "x", x);
   const Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) return y;
   const Tensor rows = as_rows(x);
   TILEWISE_BEST(log_softmax_forward)({rows.const_data_ptr(), y.mutable_data_ptr(),
-                                      x.scalar_type(), rows.size(0), rows.size(1),
-                                      rows.stride(0)});
+                                      float_of(x), row_count(x), x.size(-1),
+                                      row_stride(rows)});
   return y;
 }
 
@@ -47,8 +41,8 @@ Tensor log_softmax_backward_cpu(const Tensor& grad, const Tensor& y) {
   if (dx.numel() == 0) return dx;
   const Tensor grads = as_rows(grad), values = y.contiguous();
   TILEWISE_BEST(log_softmax_backward)({grads.const_data_ptr(), values.const_data_ptr(),
-                                       dx.mutable_data_ptr(), y.scalar_type(), grads.size(0),
-                                       grads.size(1), grads.stride(0)});
+                                       dx.mutable_data_ptr(), float_of(y), row_count(y),
+                                       y.size(-1), row_stride(grads)});
   return dx;
 }
 
@@ -59,14 +53,13 @@ std::tuple<Tensor, Tensor> log_softmax_topk_cpu(const Tensor& x, int64_t k) {
                     " columns; pass 1 to that many.");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = k;
-  const bool wide = x.scalar_type() == at::kDouble;
-  const Tensor scores = at::empty(shape, x.options().dtype(wide ? at::kDouble : at::kFloat));
+  const Tensor scores = at::empty(shape, x.options().dtype(wide_of(x)));
   const Tensor ids = at::empty(shape, x.options().dtype(at::kLong));
   if (x.numel() == 0) return {scores, ids};
   const Tensor rows = as_rows(x);
   TILEWISE_BEST(log_softmax_topk)({rows.const_data_ptr(), scores.mutable_data_ptr(),
-                                   ids.mutable_data_ptr<int64_t>(), x.scalar_type(), rows.size(0),
-                                   rows.size(1), rows.stride(0), k});
+                                   ids.mutable_data_ptr<int64_t>(), float_of(x), row_count(x),
+                                   x.size(-1), row_stride(rows), k});
   return {scores, ids};
 }
 

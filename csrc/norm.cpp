@@ -16,7 +16,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "dropout.h"
 #include "vectors.h"
 
 namespace tilewise::CPU_CAPABILITY {
@@ -164,16 +163,6 @@ void read_parameter(const void* from, Float type, int64_t columns, A missing, A*
   });
 }
 
-// What dropout multiplies each column of a row by.
-template <typename A>
-void read_dropout(const Dropout& dropout, int64_t row, int64_t columns, A* to) {
-  const uint32_t mixed = mixed_row(dropout.seed, row), threshold = dropout.threshold;
-  const A scale = static_cast<A>(dropout.scale);
-  for (int64_t j = 0, end = padded<A>(columns); j < end; ++j) {
-    to[j] = kept_at(mixed, static_cast<uint32_t>(j), threshold) ? scale : A(0);
-  }
-}
-
 // value * factor, 0 where the factor is 0 whatever the value.
 template <typename A>
 Vectorized<A> dropped(const Vectorized<A>& value, const A* factor) {
@@ -191,7 +180,7 @@ A sum_row(const NormForward& args, int64_t row, const A* factors, R* s, A* z) {
   using Vec = Vectorized<A>;
   const T* const x = row_of<T>(args.x, row);
   const R* const residual = args.residual.data ? row_of<R>(args.residual, row) : nullptr;
-  const bool added = residual != nullptr, on = args.dropout.on, squares = args.rms;
+  const bool added = residual != nullptr, on = args.dropout.on(), squares = args.rms;
   Sums<A> sums;
   each_vector<A>(args.columns, [&](int64_t j, auto part, int lane) {
     Vec value = read(x + j, part);
@@ -231,12 +220,14 @@ void forward(const NormForward& args) {
   const int64_t columns = args.columns;
   at::parallel_for(0, args.rows, kGrain / columns + 1, [&](int64_t begin, int64_t end) {
     RowBuffer<A> z(columns), weight(columns), bias(columns);
-    RowBuffer<A> factors(args.dropout.on ? columns : 0);
+    RowBuffer<A> factors(args.dropout.on() ? columns : 0);
     read_parameter(args.weight, args.parameter_type, columns, A(1), weight.data());
     read_parameter(args.bias, args.parameter_type, columns, A(0), bias.data());
     for (int64_t row = begin; row < end; ++row) {
       R* const s = args.s ? static_cast<R*>(args.s) + row * columns : nullptr;
-      if (args.dropout.on) read_dropout(args.dropout, row, columns, factors.data());
+      if (args.dropout.on()) {
+        dropout_factors(args.dropout, row, 0, padded<A>(columns), factors.data());
+      }
       const A sum = sum_row<streamed, T>(args, row, factors.data(), s, z.data());
       A mean = args.rms ? A(0) : sum / columns;
       const A spread = args.rms ? sum / columns : variance_of(z.data(), columns, mean);
@@ -288,7 +279,7 @@ void gradient_row(const NormBackward& args, int64_t row, const T* grad, const R*
   const R* const grad_s = args.grad_s.data ? row_of<R>(args.grad_s, row) : nullptr;
   T* const dx = args.dx ? static_cast<T*>(args.dx) + start : nullptr;
   R* const ds = args.ds ? static_cast<R*>(args.ds) + start : nullptr;
-  const bool added = grad_s != nullptr, on = args.dropout.on;
+  const bool added = grad_s != nullptr, on = args.dropout.on();
   each_vector<A>(args.columns, [&](int64_t j, auto part, int) {
     const Vec g = read(grad + j, part) * Vec::loadu(weight + j);
     const Vec normal = (read(s + j, part) - Vec(mean)) * Vec(rstd);
@@ -326,7 +317,7 @@ void backward(const NormBackward& args) {
   const int64_t block_rows = (args.rows + blocks - 1) / blocks;
   const int64_t grain = kGrain / (block_rows * columns) + 1;
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    RowBuffer<A> weight(columns), factors(args.dropout.on ? columns : 0);
+    RowBuffer<A> weight(columns), factors(args.dropout.on() ? columns : 0);
     read_parameter(args.weight, args.parameter_type, columns, A(1), weight.data());
     for (int64_t block = begin; block < end; ++block) {
       A* const dweight = static_cast<A*>(args.partial) + 2 * block * args.partial_stride;
@@ -341,7 +332,9 @@ void backward(const NormBackward& args) {
         const auto means =
             means_of_row(args, grad, s, weight.data(), mean, rstd, dweight, dbias);
         if (!args.dx && !args.ds) continue;
-        if (args.dropout.on) read_dropout(args.dropout, row, columns, factors.data());
+        if (args.dropout.on()) {
+          dropout_factors(args.dropout, row, 0, padded<A>(columns), factors.data());
+        }
         gradient_row<streamed>(args, row, grad, s, weight.data(), mean, rstd, means,
                                factors.data());
       }

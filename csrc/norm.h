@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "dropout.h"
 #include "floats.h"
 
 namespace tilewise {
@@ -15,14 +16,6 @@ namespace tilewise {
 struct Matrix {
   const void* data = nullptr;
   int64_t stride = 0;
-};
-
-// Elements below the threshold become 0, the others are multiplied by `scale`.
-struct Dropout {
-  bool on = false;
-  int64_t seed = 0;
-  uint32_t threshold = 0;
-  double scale = 1;
 };
 
 // The normal n is (s - mean) * rstd, without a mean s * rstd (RMS); y = n * weight + bias.

@@ -15,6 +15,7 @@
 
 #include "checks.h"
 #include "norm.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
@@ -27,28 +28,13 @@ constexpr int64_t kStreamedBytes = 4 << 20;
 
 // ---- from tensors to kernel arguments ---------------------------------------------------------
 
-at::ScalarType wide_type(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+Optional rows_if_any(const Optional& tensor) {
+  return tensor ? Optional(as_rows(*tensor)) : tensor;
 }
 
-// [M, N] with column stride 1; a copy where the leading dimensions do not collapse.
-Tensor as_rows(const Tensor& tensor, int64_t columns) {
-  if (tensor.is_contiguous()) return tensor;
-  const Tensor rows = tensor.reshape({-1, columns});
-  return columns == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
+Matrix matrix_of(const Tensor& rows) { return {rows.const_data_ptr(), row_stride(rows)}; }
 
-Matrix matrix_of(const Tensor& rows, int64_t columns) {
-  return {rows.const_data_ptr(), rows.is_contiguous() ? columns : rows.stride(0)};
-}
-
-Optional as_rows(const Optional& tensor, int64_t columns) {
-  return tensor ? Optional(as_rows(*tensor, columns)) : tensor;
-}
-
-Matrix matrix_of(const Optional& rows, int64_t columns) {
-  return rows ? matrix_of(*rows, columns) : Matrix{};
-}
+Matrix matrix_of(const Optional& rows) { return rows ? matrix_of(*rows) : Matrix{}; }
 
 Optional contiguous(const Optional& tensor) {
   return tensor ? Optional(tensor->contiguous()) : tensor;
@@ -60,12 +46,6 @@ const void* data_of(const Optional& tensor) {
 
 void* data_of(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
-}
-
-Dropout dropout_of(const Optional& seed, double p) {
-  if (!seed) return {};
-  const auto threshold = static_cast<uint32_t>(std::ceil(p * (1 << 24)));
-  return {true, *seed->const_data_ptr<int64_t>(), threshold, p == 1 ? 0 : 1 / (1 - p)};
 }
 
 // Whether rows of the outputs, either of which may be absent, can and should be written past the
@@ -85,14 +65,14 @@ constexpr const char* kOp = "norm";
 
 void check_rows(const char* name, const Optional& tensor, const Tensor& x, const char* x_name) {
   if (!tensor) return;
-  check_dtype(kOp, name, *tensor, {x.scalar_type(), wide_type(x)});
+  check_dtype(kOp, name, *tensor, {x.scalar_type(), wide_of(x)});
   check_same_device(kOp, name, *tensor, x_name, x);
   check_same_shape(kOp, name, *tensor, x_name, x);
 }
 
 void check_parameter(const char* name, const Optional& tensor, const Tensor& x) {
   if (!tensor) return;
-  check_dtype(kOp, name, *tensor, {x.scalar_type(), wide_type(x)});
+  check_dtype(kOp, name, *tensor, {x.scalar_type(), wide_of(x)});
   check_same_device(kOp, name, *tensor, "x", x);
   TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == x.size(-1), kOp, ": ", name,
                     " has shape ", tensor->sizes(), "; it must be [", x.size(-1), "].");
@@ -119,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   check_seed(seed);
   if (weight && bias) check_same_dtype(kOp, "bias", *bias, "weight", *weight);
 
-  const auto wide = x.options().dtype(wide_type(x));
+  const auto wide = x.options().dtype(wide_of(x));
   const auto none = [&] { return at::detail::empty_cpu({0}, x.options()); };
   at::DimVector row_shape(x.sizes());
   row_shape.back() = 1;
@@ -135,12 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
     rstd.fill_(NAN);
     return {y, s, mean, rstd};
   }
-  const Tensor x_rows = as_rows(x, columns);
-  const Optional residual_rows = as_rows(residual, columns);
+  const Tensor x_rows = as_rows(x);
+  const Optional residual_rows = rows_if_any(residual);
   const Optional weights = contiguous(weight), biases = contiguous(bias);
   NormForward args{};
-  args.x = matrix_of(x_rows, columns);
-  args.residual = matrix_of(residual_rows, columns);
+  args.x = matrix_of(x_rows);
+  args.residual = matrix_of(residual_rows);
   args.weight = data_of(weights);
   args.bias = data_of(biases);
   args.y = data_of(y);
@@ -150,10 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   args.x_type = float_of(x);
   args.s_type = float_of(residual ? *residual : x);
   args.parameter_type = float_of(weight ? *weight : bias ? *bias : x);
-  args.rows = x.numel() / columns;
+  args.rows = row_count(x);
   args.columns = columns;
   args.eps = eps;
-  args.dropout = dropout_of(seed, dropout_p);
+  if (seed) args.dropout = dropout_of(*seed->const_data_ptr<int64_t>(), dropout_p);
   args.rms = rms;
   args.streamed = streamed(y, s, columns);
   TILEWISE_BEST(norm_forward)(args);
@@ -170,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     double dropout_p, std::array<bool, 4> needs) {
   check_min_rank(kOp, "s", s, 1);
   check_dtype(kOp, "s", s, {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf});
-  check_dtype(kOp, "s", s, {grad.scalar_type(), wide_type(grad)});
+  check_dtype(kOp, "s", s, {grad.scalar_type(), wide_of(grad)});
   check_same_shape(kOp, "grad", grad, "s", s);
   check_rows("grad_s", grad_s, s, "s");
   check_parameter("weight", weight, grad);
@@ -191,19 +171,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     if (needs_bias) dbias.zero_();
     return {dx, dresidual, dweight, dbias};
   }
-  const Tensor grad_rows = as_rows(grad, columns), s_rows = as_rows(s, columns);
-  const Optional grad_s_rows = as_rows(grad_s, columns);
+  const Tensor grad_rows = as_rows(grad), s_rows = as_rows(s);
+  const Optional grad_s_rows = rows_if_any(grad_s);
   const Optional weights = contiguous(weight), means = contiguous(mean);
   const Tensor rstds = rstd.contiguous();
   NormBackward args{};
-  args.rows = s.numel() / columns;
+  args.rows = row_count(s);
   args.columns = columns;
   args.partial_stride = (columns + 15) / 16 * 16;
   const Tensor partial = at::empty({norm_blocks(args.rows), 2, args.partial_stride},
-                                   s.options().dtype(wide_type(s)));
-  args.grad = matrix_of(grad_rows, columns);
-  args.grad_s = matrix_of(grad_s_rows, columns);
-  args.s = matrix_of(s_rows, columns);
+                                   s.options().dtype(wide_of(s)));
+  args.grad = matrix_of(grad_rows);
+  args.grad_s = matrix_of(grad_s_rows);
+  args.s = matrix_of(s_rows);
   args.weight = data_of(weights);
   args.mean = data_of(means);
   args.rstd = rstds.const_data_ptr();
@@ -215,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   args.x_type = float_of(grad);
   args.s_type = float_of(s);
   args.parameter_type = float_of(weight ? *weight : needs_bias ? dbias : partial);
-  args.dropout = dropout_of(seed, dropout_p);
+  if (seed) args.dropout = dropout_of(*seed->const_data_ptr<int64_t>(), dropout_p);
   args.streamed = streamed(dx, ds, columns);
   TILEWISE_BEST(norm_backward)(args);
   return {dx, dresidual, dweight, dbias};

@@ -1,8 +1,6 @@
 // The normaliser of a row of logits: what log-softmax, top-k and cross-entropy on the CPU share.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -80,17 +78,74 @@ Normaliser<A> normaliser(const T* x, int64_t columns, const Visit& visit) {
   return result;
 }
 
-// ---- dtypes -----------------------------------------------------------------------------------
+// ---- short rows: several at a time --------------------------------------------------------------
 
-// f(value of the C++ type of a float dtype)
-template <typename F>
-void with_type(c10::ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case c10::ScalarType::Double: return f(double{});
-    case c10::ScalarType::BFloat16: return f(c10::BFloat16{});
-    case c10::ScalarType::Half: return f(c10::Half{});
-    default: return f(float{});
+// A row of few columns spends its time on sums across a vector and on a logarithm. So kTogether
+// rows of up to kShort columns are turned, and each has a lane of its own.
+constexpr int64_t kTogether = 16, kShort = 128;
+
+template <typename A>
+int64_t rows_together(int64_t columns) {
+  return std::is_same_v<A, float> && columns <= kShort ? kTogether : 1;
+}
+
+// out[j][r] = x[r * stride + j]; what belongs to no row is any number.
+template <typename T>
+void turn(const T* x, int64_t stride, int64_t rows, int64_t columns, float (*out)[kTogether]) {
+  alignas(64) float copy[kTogether][kShort];
+  const auto turn_from = [&](const float* from, int64_t distance) {
+    for (int64_t j = 0; j < columns; j += kTogether) {
+      const int64_t first = std::max<int64_t>(0, std::min(j, columns - kTogether));
+      at::vec::transpose_mxn<float, kTogether, kTogether>(from + first, distance, out[first],
+                                                          kTogether);
+    }
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (rows == kTogether && columns >= kTogether) return turn_from(x, stride);
   }
+  for (int64_t r = 0; r < kTogether; ++r) {
+    const T* const row = x + std::min(r, rows - 1) * stride;
+    int64_t j = 0;
+    for (; j + kLanes<float> <= columns; j += kLanes<float>) read(row + j).store(copy[r] + j);
+    if (j < columns) read(row + j, columns - j).store(copy[r] + j);
+  }
+  turn_from(copy[0], kShort);
+}
+
+// found[r] of each of up to kTogether rows.
+template <bool kSpread, typename T>
+void normalise_together(const T* x, int64_t stride, int64_t rows, int64_t columns,
+                        Normaliser<float>* found) {
+  using Vec = Vectorized<float>;
+  alignas(64) float turned[kShort][kTogether], top[kTogether], log_sum[kTogether];
+  alignas(64) float spread[kTogether] = {};
+  turn(x, stride, rows, columns, turned);
+  for (int64_t r = 0; r < kTogether; r += kLanes<float>) {
+    const Vec lowest(-std::numeric_limits<float>::infinity());
+    Vec highest = lowest, sum(0.0f), spreads(0.0f);
+    for (int64_t j = 0; j < columns; ++j) highest = larger(highest, Vec::loadu(turned[j] + r));
+    highest = Vec::blendv(highest, Vec(0.0f), highest == lowest);
+    for (int64_t j = 0; j < columns; ++j) {
+      const Vec below = Vec::loadu(turned[j] + r) - highest;
+      if (kSpread) spreads = spreads + below;
+      sum = sum + exp_nonpositive(below);
+    }
+    highest.store(top + r);
+    sum.log().store(log_sum + r);
+    if (kSpread) spreads.store(spread + r);
+  }
+  for (int64_t r = 0; r < rows; ++r) found[r] = {top[r], log_sum[r], spread[r]};
+}
+
+// found[r] of each of up to rows_together(columns) rows, `stride` elements apart.
+template <bool kSpread, typename T, typename A = Accumulate<T>>
+void normalisers(const T* x, int64_t stride, int64_t rows, int64_t columns, Normaliser<A>* found) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (rows_together<A>(columns) > 1) {
+      return normalise_together<kSpread>(x, stride, rows, columns, found);
+    }
+  }
+  *found = normaliser<kSpread>(x, columns, [](int64_t, A) {});
 }
 
 }  // namespace

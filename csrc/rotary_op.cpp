@@ -10,6 +10,7 @@
 #include "capability.h"
 #include "checks.h"
 #include "rotary.h"
+#include "rows.h"
 
 namespace tilewise {
 namespace {
@@ -29,10 +30,6 @@ void check(const Tensor& x, const Tensor& cos, const Tensor& sin) {
                     " it takes [S, R/2] or [B, S, R/2] with R <= D.");
 }
 
-Tensor unit_column_stride(const Tensor& x) {
-  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
-}
-
 // Of x's shape, and of its layout if that has columns of stride 1.
 Tensor empty_rows_like(const Tensor& x) {
   const Tensor y = at::empty_like(x);
@@ -44,7 +41,7 @@ Tensor rotary_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, bool in
   check(x, cos, sin);
   const Tensor from = unit_column_stride(x), to = empty_rows_like(x);
   if (x.numel() == 0) return to;
-  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = wide_of(x);
   const Tensor c = cos.to(wide).contiguous(), s = sin.to(wide).contiguous();
   Rotary args{};
   args.x = from.const_data_ptr();

@@ -12,6 +12,7 @@
 
 #include "capability.h"
 #include "checks.h"
+#include "rows.h"
 #include "softmax.h"
 
 #ifdef TILEWISE_WITH_CUDA
@@ -120,9 +121,8 @@ Tensor softmax_forward_cpu(const Tensor& x, const std::optional<Tensor>& mask, d
 Tensor softmax_inplace_cpu(Tensor x, const std::optional<Tensor>& mask, double scale, bool causal) {
   check_forward(x, mask);
   TORCH_CHECK_VALUE(x.is_contiguous(), "softmax in place: x must be contiguous");
-  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor lse = at::full(x.sizes().slice(0, x.dim() - 1),
-                              -std::numeric_limits<double>::infinity(), x.options().dtype(wide));
+                              -std::numeric_limits<double>::infinity(), x.options().dtype(wide_of(x)));
   if (x.numel() == 0) return lse;
   SoftmaxForward args = forward_args(x, mask, x, scale, causal);
   args.lse = lse.mutable_data_ptr();
@@ -150,10 +150,6 @@ void* current_stream(const Tensor& tensor) {
 
 void check_launch(const char* op, const char* error) {
   TORCH_CHECK(error == nullptr, op, ": the CUDA kernel did not launch: ", error);
-}
-
-Tensor unit_column_stride(const Tensor& tensor) {
-  return tensor.size(-1) == 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
 Tensor softmax_forward_cuda(const Tensor& x, const std::optional<Tensor>& mask, double scale,

@@ -68,12 +68,6 @@ def _strided(x: Tensor, dim: int) -> str | None:
     return None if dim == x.dim() - 1 else "torch walks another dim than the last without a copy"
 
 
-def _short(x: Tensor, dim: int) -> str | None:
-    if x.dtype == torch.float32 and 16 <= x.shape[dim] < 48:
-        return "torch takes several float32 rows of 16 to 47 at a time"
-    return _strided(x, dim)
-
-
 def cost(x: Tensor, dim: int) -> Cost:
     """5 FLOPs and two element moves forward, 4 FLOPs and three moves backward, per element."""
     n, moved = x.numel(), x.numel() * x.element_size()
@@ -101,8 +95,8 @@ OP = Op(
             _native_backward,
             devices=("cpu",),
             missing=native.missing,
-            slower=_short,
-            refuses_backward=lambda grad, y, dim, _: _short(y, dim),
+            slower=_strided,
+            refuses_backward=lambda grad, y, dim, _: _strided(y, dim),
         ),
         Implementation("reference", reference, reference_backward),
     ],
