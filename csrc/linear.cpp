@@ -1,6 +1,6 @@
 // x w^T + bias for few rows on the CPU, w in panels (linear.h). Compiled once per capability, but
-// there is one kernel only: AVX-512 with its bfloat16 and int8 dot products (AMD Zen 4, Intel
-// Cooper Lake and later). Elsewhere linear_runs says no.
+// there is a kernel for AVX-512 only: float32 needs no more, bfloat16 and int8 their dot products
+// (both: AMD Zen 4, Intel Sapphire Rapids and later). Elsewhere linear_runs says no.
 //
 // A step multiplies one word of each of R rows with the 48 words of a panel: 3 loads, R broadcasts
 // and 3 R multiply-adds into 3 R <= 24 registers, the same for the three dtypes, which differ in
@@ -14,6 +14,7 @@
 #include "linear.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <c10/util/bit_cast.h>
@@ -27,6 +28,7 @@
 
 #ifdef CPU_CAPABILITY_AVX512
 #include <immintrin.h>
+// On `block` for float32 as well, where no compiler has a use for these instructions.
 #define TILEWISE_DOT __attribute__((target("avx512bf16,avx512vnni")))
 #endif
 
@@ -153,13 +155,13 @@ inline void write(float* to, __m512 value, __mmask16 lanes) {
 inline void write(c10::Half* to, __m512 value, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
-TILEWISE_DOT inline void write(c10::BFloat16* to, __m512 value, __mmask16 lanes) {
-  _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(value));
+inline void write(c10::BFloat16* to, __m512 value, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, at::vec::cvtfp32_bf16(value));
 }
 
 // A row of x in float32 or bfloat16 words, the last of them filled up with zeros.
 template <typename X, typename W>
-TILEWISE_DOT void convert_row(const X* x, int64_t k, int64_t padded, W* to) {
+void convert_row(const X* x, int64_t k, int64_t padded, W* to) {
   for (int64_t i = 0; i < padded; i += 16) {
     write(to + i, read(x + i, first_lanes(k - i)), first_lanes(padded - i));
   }
@@ -265,9 +267,12 @@ void run_dtype(const Linear& args) {
 }  // namespace
 
 bool linear_runs(c10::ScalarType dtype) {
+  if (dtype == at::kChar) return __builtin_cpu_supports("avx512vnni");
   // oneDNN multiplies bfloat16 on AMX, faster than these dot products can.
-  if (dtype == at::kBFloat16 && __builtin_cpu_supports("amx-bf16")) return false;
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (dtype == at::kBFloat16) {
+    return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
+  }
+  return true;
 }
 
 void linear(const Linear& args) {

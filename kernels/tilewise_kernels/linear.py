@@ -10,7 +10,7 @@ anew in each call, for each row m of x:
 so that |y - y_exact| <= (sx sum_k |W| + sw sum_k |x| + K sx sw / 2) / 2. A row of x that is not
 finite gives a row of NaN; a row of x or W that holds nothing of 2^-100 or more counts as zero.
 
-On a CPU with AVX-512 dot products (csrc/linear.cpp) the weight is stored in panels of 48 columns,
+On a CPU with AVX-512, and its dot products of the dtype (csrc/linear.cpp), the weight is stored in panels of 48 columns,
 in the order in which they are multiplied, with its bias or int8 compensation ahead of each:
 [ceil(N / 48), 1 + ceil(K / G), 48, G], G = 1, 2 or 4 elements in 32 bits. Elsewhere it stays as it
 is and torch multiplies it (cuBLASLt, oneDNN). From panels, a row's bits depend on no other row and
@@ -36,6 +36,11 @@ from .op import Cost, Implementation, Op, warn_once
 PANEL = 48
 TINY = 2.0**-100
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_NEEDS = {  # of a CPU, for panels; ATEN_CPU_CAPABILITY may withhold AVX-512
+    torch.float32: "AVX-512",
+    torch.bfloat16: "AVX-512 bfloat16 dot products, and without AMX, which torch uses",
+    torch.int8: "AVX-512 VNNI",
+}
 _MOST_INT8_K = 2**31 // (127 * 127)  # beyond, an int32 sum might wrap
 
 
@@ -116,7 +121,7 @@ def _no_panels(device: str, dtype: torch.dtype) -> str | None:
     if native.missing() is not None:
         return native.missing()
     if not native.op("linear_runs")(dtype):
-        return f"this CPU has no AVX-512 dot products, or something better, for {dtype}"
+        return f"{dtype} needs a CPU with {_NEEDS[dtype]}"
     return None
 
 
@@ -215,7 +220,10 @@ def _torch(
 
 
 def _plain(x: Tensor, weight: Tensor, *_: object) -> str | None:
-    return None if _in_panels(weight) else "the weight is not packed in panels"
+    if _in_panels(weight):
+        return None
+    obstacle = _no_panels(weight.device.type, weight.dtype)
+    return "the weight is not packed in panels" + (f": {obstacle}" if obstacle else "")
 
 
 def _panels(x: Tensor, weight: Tensor, *_: object) -> str | None:

@@ -6,7 +6,10 @@ Shapes: x [..., K], weight [N, K], bias [N], y [..., N].
 import copy
 import importlib
 import math
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -21,10 +24,14 @@ FLOAT, BF16, HALF, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.in
 PACKED = (FLOAT, BF16, INT8)
 SIZES = [(1, 1), (7, 33), (33, 7), (127, 96), (768, 769), (769, 49)]  # K, N
 ROWS = {"panels": [0, 1, 2, 5, 8, 9, 31, 32, 33, 65, 100], "plain": [0, 1, 17, 33]}
-has_panels = pytest.mark.skipif(
-    native.missing() is not None or not native.op("linear_runs")(FLOAT),
-    reason="no AVX-512 dot products here: weights are not packed in panels",
-)
+NO_PANELS = "some dtype is not packed in panels on this CPU"
+
+
+def packs_panels() -> bool:
+    return native.missing() is None and all(native.op("linear_runs")(d) for d in PACKED)
+
+
+has_panels = pytest.mark.skipif(not packs_panels(), reason=NO_PANELS)
 module = importlib.import_module("tilewise_kernels.linear")
 
 
@@ -38,8 +45,8 @@ def layout(request, monkeypatch):
     """Packs weights in panels, for the native way, and plain, for torch's."""
     if request.param == "plain":
         monkeypatch.setattr(module, "_no_panels", lambda device, dtype: "the test says so")
-    elif native.missing() is not None or not native.op("linear_runs")(FLOAT):
-        pytest.skip("no AVX-512 dot products here: weights are not packed in panels")
+    elif not packs_panels():
+        pytest.skip(NO_PANELS)
     return request.param
 
 
@@ -294,6 +301,48 @@ def test_a_cpu_without_the_instructions_multiplies_panels_all_the_same(monkeypat
     monkeypatch.setattr(module, "_no_panels", lambda device, dtype: "the test says so")
     with pytest.warns(RuntimeWarning, match="leaves its native way: the test says so"):
         torch.testing.assert_close(linear(x, packed), y)
+
+
+@has_panels
+@pytest.mark.parametrize("able", [(), (FLOAT,), (FLOAT, INT8), (FLOAT, BF16)], ids=str)
+def test_each_dtype_has_needs_of_its_own(able, monkeypatch):
+    """Weights of the dtypes whose instructions are there go in panels; explain says what lacks."""
+    runs = {"linear_runs": able.__contains__}
+    operator = native.op
+    monkeypatch.setattr(native, "op", lambda name: runs.get(name) or operator(name))
+    module._no_panels.cache_clear()
+    needs = {FLOAT: "AVX-512", BF16: "AVX-512 bfloat16", INT8: "AVX-512 VNNI"}
+    for dtype in PACKED:
+        x, packed = normal(3, 5), pack_linear(normal(4, 5), dtype=dtype)
+        explanation = explain(linear, x, packed)
+        assert explanation.implementation == ("native" if dtype in able else "torch")
+        if dtype not in able:
+            why = explanation.others["native"]
+            assert f"not packed in panels: {dtype} needs a CPU with {needs[dtype]}" in why
+        assert linear(x, packed).shape == (3, 4)
+    module._no_panels.cache_clear()
+
+
+WITHOUT_AVX512 = """
+import torch
+from tilewise_kernels import explain, linear, pack_linear
+x, weight = torch.ones(3, 5), torch.ones(4, 5)
+for dtype in (torch.float32, torch.bfloat16, torch.int8):
+    packed = pack_linear(weight, dtype=dtype)
+    print(explain(linear, x, packed))
+    torch.testing.assert_close(linear(x, packed), torch.full((3, 4), 5.0))
+"""
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no native extension")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_without_avx512_torch_multiplies(capability):
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_AVX512]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear: torch") == 3
+    assert done.stdout.count("needs a CPU with AVX-512") == 3
 
 
 # ---- registration and compilation ----------------------------------------------------------------
