@@ -10,8 +10,9 @@ anew in each call, for each row m of x:
 so that |y - y_exact| <= (sx sum_k |W| + sw sum_k |x| + K sx sw / 2) / 2. A row of x that is not
 finite gives a row of NaN; a row of x or W that holds nothing of 2^-100 or more counts as zero.
 
-On a CPU with AVX-512, and its dot products of the dtype (csrc/linear.cpp), the weight is stored in panels of 48 columns,
-in the order in which they are multiplied, with its bias or int8 compensation ahead of each:
+On a CPU with AVX-512, and its dot products of the dtype (csrc/linear.cpp), the weight is stored in
+panels of 48 columns, in the order in which they are multiplied, with its bias or int8 compensation
+ahead of each:
 [ceil(N / 48), 1 + ceil(K / G), 48, G], G = 1, 2 or 4 elements in 32 bits. Elsewhere it stays as it
 is and torch multiplies it (cuBLASLt, oneDNN). From panels, a row's bits depend on no other row and
 not on the number of threads.

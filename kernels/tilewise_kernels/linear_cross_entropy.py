@@ -9,9 +9,10 @@ logits, which become losses and, in the same place, their gradient, and two prod
 and dweight.
 Rows whose target is ignored are left out beforehand (on a CPU; a GPU does not know how many).
 
-Memory contract: besides inputs and gradients one chunk of logits, M V / 4 elements or 256 MiB if
-that is less. float32 and float64 sums of dweight grow in the gradient itself; bfloat16 ones in it
-up to 4 chunks (4 roundings), above that, and float16 ones always, in a float32 [V, K] besides. The
+Memory contract: besides inputs and gradients one chunk of logits, M V / 4 elements (M V / 2 on a
+CPU, where four chunks made float32 10-20% slower) or 256 MiB if that is less. float32 and float64
+sums of dweight grow in the gradient itself; bfloat16 ones in it up to 4 chunks (4 roundings), above
+that, and float16 ones always, in a float32 [V, K] besides. The
 walk saves dx, dweight and dbias for an upstream gradient of 1; backward multiplies by the real one
 (without a copy where it is 1, on a CPU, and the graph is not kept). float16 keeps them undivided by
 the number of rows, which would take them below its range. reduction="none" saves the inputs
@@ -49,6 +50,7 @@ from .launch import refuses
 from .op import Cost, Implementation, Op, accumulator, autocast_dtype, disposable, tracked
 
 FEWEST_ROWS = 64  # of a chunk: fewer make poor matrix products
+CHUNKS, CPU_CHUNKS = 4, 2  # a CPU's product packs the whole weight anew for each chunk
 CHUNK_BYTES = 256 << 20
 ROUNDINGS = 4  # chunks that bfloat16 sums are kept in bfloat16 for
 SLAB = 8192  # classes of dweight added in float32 at a time
@@ -64,9 +66,9 @@ class Loss(NamedTuple):
     in_place: Callable[..., Tensor]
 
 
-def chunk_rows(M: int, V: int, itemsize: int) -> int:
-    """Rows whose logits are in memory at a time: a quarter, at least 64, at most 256 MiB."""
-    return max(1, min(max(-(-M // 4), FEWEST_ROWS), CHUNK_BYTES // (V * itemsize)))
+def chunk_rows(M: int, V: int, itemsize: int, chunks: int) -> int:
+    """Rows whose logits are in memory at a time: M / chunks, at least 64, at most 256 MiB."""
+    return max(1, min(max(-(-M // chunks), FEWEST_ROWS), CHUNK_BYTES // (V * itemsize)))
 
 
 def sums_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:
@@ -108,7 +110,7 @@ def _walk(
 ) -> tuple[Tensor, Gradients]:
     """Losses [M], and the gradients in `needs` of the losses weighted by g, [] or [M]."""
     M, V = len(x), len(weight)
-    step = chunk_rows(M, V, x.element_size())
+    step = chunk_rows(M, V, x.element_size(), CPU_CHUNKS if x.is_cpu else CHUNKS)
     sums = sums_dtype(x.dtype, -(-M // step))
     losses = x.new_empty(M, dtype=accumulator(x.dtype))
     dx = torch.empty_like(x) if needs[0] else None
