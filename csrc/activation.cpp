@@ -30,6 +30,7 @@ struct Curve {
 };
 
 // 2^y for y <= 0, within 3e-7 of itself down to 2^-126 and 0 below; NaN stays NaN.
+// Why not exp_nonpositive: to reduce by ln 2 twice and the longer polynomial cost forwards 20-35%.
 inline Vectorized<float> exp2_nonpositive(Vectorized<float> y) {
   using Vec = Vectorized<float>;
   // 1.5 * 2^23 + 127: adding it rounds to an integer n and leaves n + 127, the biased exponent,
