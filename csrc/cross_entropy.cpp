@@ -47,12 +47,10 @@ const A* at(const void* values, int64_t index) {
   return static_cast<const A*>(values) + index;
 }
 
-template <typename T>
-void row(const CrossEntropy& args, int64_t index) {
-  using A = Accumulate<T>;
+template <typename T, typename A>
+void row(const CrossEntropy& args, int64_t index, Normaliser<A> found) {
   const T* const x = at<T>(args.logits, index * args.stride);
   const int64_t target = args.target[index];
-  Normaliser<A> found;
   A* const statistics = static_cast<A*>(args.statistics);
   T* const dx = static_cast<T*>(args.dlogits);
   if (target == args.ignored) {
@@ -62,9 +60,6 @@ void row(const CrossEntropy& args, int64_t index) {
     return;
   }
   if (args.losses) {
-    const auto ignore_piece = [](int64_t, A) {};
-    found = args.smoothing == 0 ? normaliser<false>(x, args.columns, ignore_piece)
-                                : normaliser<true>(x, args.columns, ignore_piece);
     static_cast<A*>(args.losses)[index] = loss_of(args, x, target, found);
     if (statistics) {
       statistics[2 * index] = found.top;
@@ -80,12 +75,28 @@ void row(const CrossEntropy& args, int64_t index) {
   }
 }
 
+// One row, or several short ones.
+template <typename T, typename A>
+void rows(const CrossEntropy& args, int64_t first, int64_t count, Normaliser<A>* found) {
+  if (args.losses && !(count == 1 && args.target[first] == args.ignored)) {
+    const T* const x = at<T>(args.logits, first * args.stride);
+    args.smoothing == 0 ? normalisers<false>(x, args.stride, count, args.columns, found)
+                        : normalisers<true>(x, args.stride, count, args.columns, found);
+  }
+  for (int64_t r = 0; r < count; ++r) row<T>(args, first + r, found[r]);
+}
+
 }  // namespace
 
 void cross_entropy(const CrossEntropy& args) {
   with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t step = rows_together<Accumulate<T>>(args.columns);
     at::parallel_for(0, args.rows, kGrain / args.columns + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) row<decltype(zero)>(args, index);
+      Normaliser<Accumulate<T>> found[kTogether];
+      for (int64_t first = begin; first < end; first += step) {
+        rows<T>(args, first, std::min(step, end - first), found);
+      }
     });
   });
 }
