@@ -9,8 +9,11 @@ there is one, from which the parameter is then rounded; else the parameter. Grad
 
 Memory contract: one pass, that reads parameter (or master), gradient and both moments once and
 writes all but the gradient once: 28 bytes for each float32 parameter; clipping reads the gradient
-once more. 16 FLOPs an element. Memory bound. The norm is summed in a fixed order: every run gives
-the same bits.
+once more. 15 FLOPs an element, 2 for its share of the norm. Memory bound. The norm is summed in a
+fixed order: every run gives the same bits. Tensors whose memory is in no common order are copied.
+
+Names: a place is what stands at one index of the lists; coefficients, float64 [3] on the device,
+hold lr / (1 - beta1^t), sqrt(1 - beta2^t) and the factor of the gradients, 1 / grad_scale.
 
 Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2; clipping: Pascanu et al. 2013.
 """
@@ -18,7 +21,8 @@ Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2; clipping: Pascanu et al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +30,6 @@ from torch import Tensor
 
 from . import adamw_triton, lazy_triton, native
 from .checks import (
-    FLOATS,
     fail,
     has_shape,
     is_float_tensor,
@@ -35,31 +38,35 @@ from .checks import (
     same_device,
     shape_of,
 )
-from .errors import KernelUnavailable
-from .op import _forced, _library, accumulator, plain_eager
+from .op import Cost, Implementation, Op, accumulator, plain_eager
 
 HALF = (torch.float16, torch.bfloat16)
 TINIEST = 2.0**-1074  # above 0
+
+Tensors = list[Tensor]
 
 
 # -- reference -----------------------------------------------------------------------------------
 
 
 def reference(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
     coefficients: Tensor,
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors,
     beta1: float,
     beta2: float,
     eps: float,
     decay: float,
-) -> None:
-    """The definition, in torch, in float32 or wider. An empty master means none."""
+    max_norm: float | None,
+) -> tuple[Tensor]:
+    """The definition, in torch, in float32 or wider; returns the norm. masters: [] means none, and
+    so does an empty one."""
+    norm, coefficients = _clipped(coefficients, grads, max_norm)
     for param, grad, m, v, master in zip(
-        params, grads, exp_avgs, exp_avg_sqs, masters, strict=True
+        params, grads, exp_avgs, exp_avg_sqs, masters or params, strict=True
     ):
         wide = accumulator(param.dtype)
         step_size, root, scale = coefficients.to(wide).unbind()
@@ -70,93 +77,133 @@ def reference(
         new_w = w.to(wide) * (1 - decay) - step_size * (new_m / (new_v.sqrt() / root + eps))
         for tensor, value in ((m, new_m), (v, new_v), (w, new_w), (param, new_w)):
             tensor.copy_(value)
+    return (norm,)
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, [] in float32 or wider."""
-    if grads[0].device.type == "cpu" and native.missing() is None and plain_eager(grads):
-        norm: Tensor = native.op("grad_norm")([grad.contiguous() for grad in grads])
-        return norm
-    each = [torch.linalg.vector_norm(grad, dtype=accumulator(grad.dtype)) for grad in grads]
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in each]))
+def _clipped(coefficients: Tensor, grads: Tensors, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """(the norm of all gradients, float32 [], coefficients that clip it); no norm is empty."""
+    if max_norm is None:
+        return coefficients.new_empty(0, dtype=torch.float32), coefficients
+    each = torch._foreach_norm(grads, 2, torch.float64)
+    step_size, root, scale = coefficients.unbind()
+    norm = torch.linalg.vector_norm(torch.stack(each)) * scale
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm.float(), torch.stack([step_size, root, scale * clip])
 
 
-# -- the ways ------------------------------------------------------------------------------------
+# -- the other ways ------------------------------------------------------------------------------
 
 
-def _native(*args: Any) -> None:
-    native.op("adamw")(*args)
+def _native(*args: Any) -> tuple[Tensor]:
+    return (native.op("adamw")(*args),)
 
 
-def _way(device: str) -> Callable[..., None]:
-    """The implementation that runs on `device`: the forced one, else the fastest there is."""
-    on_triton = "cpu" if lazy_triton.interpreted() else "cuda"
-    ways = {
-        "triton": (adamw_triton.step, on_triton, lazy_triton.missing()),
-        "native": (_native, "cpu", native.missing()),
-        "reference": (reference, device, None),
-    }
-    name = _forced.implementation("adamw_step")
-    if name is not None:
-        if name not in ways:
-            raise KernelUnavailable(f"adamw_step has no {name!r} implementation; it has {[*ways]}")
-        step, where, missing = ways[name]
-        if where != device or missing is not None:
-            why = missing or f"runs on {where}, not on {device}"
-            raise KernelUnavailable(f"adamw_step cannot run on {name!r} here: {why}")
-        return step
-    name = "triton" if device == "cuda" else "native"
-    step, where, missing = ways[name]
-    return step if where == device and missing is None else reference
-
-
-def _run(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
+def _triton(
     coefficients: Tensor,
-    *hyper: float,
-) -> None:
-    """Contiguous tensors take the fastest way, others the reference."""
-    step = _way(params[0].device.type)
-    grads = [grad.contiguous() for grad in grads]
-    flat: list[Any] = []
-    rest: list[Any] = []
-    for place in zip(params, grads, exp_avgs, exp_avg_sqs, masters, strict=True):
-        wide = place[0].dtype == torch.float64 and step is adamw_triton.step
-        (flat if all(t.is_contiguous() for t in place) and not wide else rest).append(place)
-    ways: tuple[Callable[..., None], ...] = (step, reference)
-    for way, chosen in zip(ways, (flat, rest), strict=True):
-        if chosen:
-            lists = [list(each) for each in zip(*chosen, strict=True)]
-            way(*lists, coefficients, *hyper)
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors,
+    *hyper_and_max_norm: Any,
+) -> tuple[Tensor]:
+    *hyper, max_norm = hyper_and_max_norm
+    norm, coefficients = _clipped(coefficients, grads, max_norm)
+    places: list[Sequence[Tensor]] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for given in zip(params, grads, exp_avgs, exp_avg_sqs, *[masters] * bool(masters), strict=True):
+        place = _in_one_order(given)
+        places.append(place)
+        copies += [(to, copy) for to, copy in zip(given, place, strict=True) if copy is not to]
+    adamw_triton.step(coefficients, places, *hyper)
+    for to, copy in copies:
+        to.copy_(copy)
     # kernels write behind autograd's back
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
+    return (norm,)
 
 
-_library.define(
-    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
-    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor coefficients, float beta1,"
-    " float beta2, float eps, float decay) -> ()"
+def _in_one_order(place: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    """The tensors of a place, or copies, so that equal offsets in memory are equal elements."""
+    strides = place[0].stride()
+    dense = torch._debug_has_internal_overlap(place[0]) == 0
+    if dense and all(t.stride() == strides for t in place if t.numel() > 0):
+        return place
+    return [t.contiguous() for t in place]
+
+
+# -- the op --------------------------------------------------------------------------------------
+
+
+def cost(
+    coefficients: Tensor,
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors,
+    *hyper: Any,
+) -> Cost:
+    """15 FLOPs an element and each tensor moved as the module docstring counts."""
+    clips = hyper[-1] is not None
+    flops = moved = 0
+    for param, grad, m, v, master in zip(
+        params, grads, exp_avgs, exp_avg_sqs, masters or params, strict=True
+    ):
+        flops += (15 + 2 * clips) * param.numel()
+        moved += sum(2 * t.nbytes for t in (m, v, param)) + (1 + clips) * grad.nbytes
+        if masters and master.numel() > 0:  # read in the parameter's stead
+            moved += 2 * master.nbytes - param.nbytes
+    return Cost(flops, moved, 0, 0)
+
+
+OP = Op(
+    "adamw_step",
+    schema=(
+        "(Tensor coefficients, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
+        " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, float beta1, float beta2, float eps,"
+        " float decay, float? max_norm) -> Tensor"
+    ),
+    implementations=[
+        Implementation(
+            "triton",
+            _triton,
+            devices=("cuda",),
+            missing=lazy_triton.missing,
+            refuses=lambda coefficients, params, *_: adamw_triton.refuses(params),
+        ),
+        Implementation("native", _native, devices=("cpu",), missing=native.missing),
+        Implementation("reference", reference),
+    ],
+    fake=lambda coefficients, *rest: coefficients.new_empty(
+        0 if rest[-1] is None else (), dtype=torch.float32
+    ),
+    cost=cost,
 )
-_library.impl("adamw_step", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("tilewise::adamw_step", lambda *args: None, lib=_library)
 
 
 # -- public function -----------------------------------------------------------------------------
 
 
-def _alike(place: Sequence[Tensor | None]) -> bool:
-    """Whether there is no master and the rest has one shape, dtype and device, as is usual."""
-    param, *others, master = place
-    if master is not None or not isinstance(param, Tensor):
+def _is_usual(params: Sequence[Tensor], *lists: Sequence[Tensor | None]) -> bool:
+    """Whether C++, where it is there, sees at a glance that _check_lists would pass the lists."""
+    if native.missing() is not None or not params or not plain_eager(params):
         return False
-    kind = (param.shape, param.dtype, param.device, torch.strided)
-    return param.dtype in FLOATS and all(
-        isinstance(t, Tensor) and (t.shape, t.dtype, t.device, t.layout) == kind for t in others
-    )
+    if not {Tensor, torch.nn.Parameter}.issuperset(map(type, chain(*lists))):
+        return False
+    missing: list[list[Tensor]] = [[]] * (4 - len(lists))
+    usual: bool = native.op("adamw_usual")(params, *lists, *missing)
+    return usual
+
+
+def _check_lists(named: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Raise unless the tensors of every place fit each other and none is in another's memory."""
+    params = named["params"]
+    for i, place in enumerate(zip(*named.values(), strict=True)):
+        _check_place(i, list(named), place)
+        same_device("adamw_step", f"params[{i}]", params[i], "params[0]", params[0])  # type: ignore[arg-type]
+    if params and plain_eager(params):
+        _check_memory(named)
 
 
 def _check_place(i: int, names: Sequence[str], place: Sequence[Tensor | None]) -> None:
@@ -183,22 +230,27 @@ def _check_place(i: int, names: Sequence[str], place: Sequence[Tensor | None]) -
         raise fail("adamw_step", f"exp_avg_sqs[{i}]", got, "cast both moments alike")
 
 
-def _check_memory(names: Sequence[str], lists: Sequence[Sequence[Tensor | None]]) -> None:
-    """Raise if an element that the step writes is an element of another tensor, or its own twin."""
-    used = [t for tensors in lists for t in tensors if t is not None and t.numel() > 0]
-    if len({t.data_ptr() for t in used}) == len(used) and all(t.is_contiguous() for t in used):
-        return  # as usual, and quick to find out
-    seen: dict[int, str] = {}
-    for name, tensors in zip(names, lists, strict=True):
+def _check_memory(named: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Raise if an element that the step writes is an element of another tensor, or its own twin.
+
+    Of a tensor with gaps only the first element is looked for: others may lie in the gaps.
+    """
+    spans: list[tuple[int, int, int, str, bool]] = []
+    for name, tensors in named.items():
         for i, tensor in enumerate(tensors):
             if tensor is None or tensor.numel() == 0:
                 continue
-            label, read_only = f"{name}[{i}]", name == "grads"
-            if not read_only and torch._debug_has_internal_overlap(tensor) == 1:
+            label, overlap = f"{name}[{i}]", torch._debug_has_internal_overlap(tensor)
+            if overlap == 1 and name != "grads":
                 raise fail("adamw_step", label, "expanded", f"pass {label}.contiguous()")
-            other = seen.setdefault(tensor.data_ptr(), label)
-            if other != label and not (read_only and other.startswith("grads")):
+            size = tensor.nbytes if overlap == 0 else tensor.element_size()
+            spans.append((tensor.data_ptr(), len(spans), size, label, name == "grads"))
+    reach = {True: (0, ""), False: (0, "")}  # the furthest end so far, of gradients and of others
+    for start, _, size, label, read_only in sorted(spans):
+        for end, other in (reach[False], *[reach[True]] * (not read_only)):
+            if start < end:
                 raise fail("adamw_step", label, f"in {other}'s memory", "pass it once, or a clone")
+        reach[read_only] = max(reach[read_only], (start + size, label))
 
 
 def _check_scalar(name: str, scalar: Tensor, least: float, takes: str) -> None:
@@ -249,11 +301,24 @@ def _check_numbers(
         is_number("adamw_step", "step", step)
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """float64 [] on `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, torch.float64).reshape(())
-    return torch.full((), float(value), dtype=torch.float64, device=device)
+def _coefficients(
+    step: int | Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    grad_scale: float | Tensor,
+    device: torch.device,
+) -> Tensor:
+    """What the module docstring says, from numbers or from tensors, which nothing waits for."""
+
+    def wide(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(device, torch.float64).reshape(())
+        return torch.full((), float(value), dtype=torch.float64, device=device)
+
+    t: Any = wide(step) if isinstance(step, Tensor) else float(step)
+    scale = 1 / (wide(grad_scale) if isinstance(grad_scale, Tensor) else grad_scale)
+    found = (lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** 0.5, scale)
+    return torch.stack([wide(each) for each in found])
 
 
 @torch.no_grad()
@@ -290,43 +355,32 @@ def adamw_step(
     waits for a GPU. No gradient flows through the step. Raises ArgumentError for anything else,
     before any tensor changes. Source: module docstring.
     """
-    none: list[Tensor | None] = [None] * len(params) if isinstance(params, (list, tuple)) else []
-    owners = none if master is None else master
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "master")
-    lists: tuple[Sequence[Tensor | None], ...] = (params, grads, exp_avgs, exp_avg_sqs, owners)
-    for name, tensors in zip(names, lists, strict=True):
+    named: dict[str, Any] = {
+        "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs
+    }  # fmt: skip
+    if master is not None:
+        named["master"] = master
+    for name, tensors in named.items():
         if not isinstance(tensors, (list, tuple)):
             raise fail("adamw_step", name, f"a {type(tensors).__name__}", "pass a list of tensors")
         if len(tensors) != len(params):
             takes = f"params holds {len(params)}"
             raise fail("adamw_step", name, f"a list of {len(tensors)}", takes)
-    for i, place in enumerate(zip(*lists, strict=True)):
-        if not _alike(place):
-            _check_place(i, names, place)
-        same_device("adamw_step", f"params[{i}]", params[i], "params[0]", params[0])
+    if not _is_usual(*named.values()):
+        _check_lists(named)
     _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, max_norm)
     if not params:
         return None if max_norm is None else torch.zeros(())
-    if plain_eager(params):
-        _check_memory(names, lists)
-    device = params[0].device
-    t, scale = _scalar(step, device), 1 / _scalar(grad_scale, device)
-    norm = None
-    if max_norm is not None:
-        norm = _norm(list(grads)) * scale
-        scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    coefficients = torch.stack([lr / (1 - betas[0] ** t), (1 - betas[1] ** t).sqrt(), scale])
-    arguments: Any = (
+    norm: Tensor = OP(
+        _coefficients(step, lr, betas, grad_scale, params[0].device),
         list(params),
         list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
-        [params[0].new_empty(0, dtype=torch.float32) if w is None else w for w in owners],
-        coefficients,
+        [params[0].new_empty(0, dtype=torch.float32) if w is None else w for w in master or ()],
         *map(float, betas),
         float(eps),
         float(lr) * weight_decay,
+        None if max_norm is None else float(max_norm),
     )
-    run = _run if plain_eager(params) else torch.ops.tilewise.adamw_step
-    run(*arguments)
-    return None if norm is None else norm.float()
+    return None if max_norm is None else norm

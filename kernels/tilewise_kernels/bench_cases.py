@@ -7,7 +7,8 @@ Shapes: softmax, log_softmax ...xN; log_softmax_topk x [M, V]; attention q [B, H
 [B, Hkv, Sk, D]; attention_varlen q, k, v [total, H, D] of B sequences of about S; decode_attention
 q [R, H, 1, D], caches [R, Hkv, T, D]; layer_norm, rms_norm ...xN; linear, linear_act x [M, K],
 weight [N, K]; feed_forward x [M, E], w1 [F, E], w2 [E, F]; rotary q [B, H, S, D]; cross_entropy
-logits [M, V]; linear_cross_entropy x [M, K], weight [V, K].
+logits [M, V]; linear_cross_entropy x [M, K], weight [V, K]; adamw_step T tensors of N elements,
+which it and its rivals copy first, to leave the inputs alone.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import bench_formulas as eager
+from .adamw import adamw_step
 from .attention import attention
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
@@ -196,6 +198,11 @@ def _linear_cross_entropy_inputs(draw: Draw, shape: Shape, o: Options) -> Tensor
     return {"x": draw.normal(m, k), "weight": draw.weight(v, k), "target": draw.ids(m, v)}
 
 
+def _adamw_inputs(draw: Draw, shape: Shape, o: Options) -> Tensors:
+    made = {name: draw.normal(*shape) for name in ("param", "grad", "exp_avg")}
+    return made | {"exp_avg_sq": draw.normal(*shape).square()}
+
+
 # -- our calls -----------------------------------------------------------------------------------
 
 
@@ -227,6 +234,13 @@ def _norm_ours(t: Tensors, o: Options) -> Outputs:
 def _feed_forward_ours(t: Tensors, o: Options) -> Tensor:
     biases = (t.get("b1"), t["w2"], t.get("b2"))
     return feed_forward(t["x"], t["w1"], *biases, activation=o.activation, gate=t.get("gate"))
+
+
+def _adamw_ours(t: Tensors, o: Options) -> Outputs:
+    param, m, v = written = tuple(t[name].clone() for name in ("param", "exp_avg", "exp_avg_sq"))
+    lists = (param.unbind(), t["grad"].unbind(), m.unbind(), v.unbind())
+    adamw_step(*lists, eager.STEP, lr=eager.LR)
+    return written
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -348,5 +362,7 @@ CASES: Mapping[str, Case] = {
              _linear_cross_entropy_inputs,
              lambda t, o: linear_cross_entropy(t["x"], t["weight"], t["target"]),
              eager.linear_cross_entropy),
+        Case("adamw_step", "TxN", (64, 65536), (), _adamw_inputs, _adamw_ours, eager.adamw_step,
+             trains=False),
     )
 }  # fmt: skip

@@ -205,6 +205,19 @@ def rotary(t: Tensors, o: Options) -> tuple[Tensor, Tensor]:
     return turned(t["q"]), turned(t["k"])
 
 
+# -- optimiser -----------------------------------------------------------------------------------
+
+STEP, LR = 10, 0.1
+
+
+def adamw_step(t: Tensors, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula, with torch's default betas, eps and decay; the new parameters and moments."""
+    m = 0.9 * t["exp_avg"] + 0.1 * t["grad"]
+    v = 0.999 * t["exp_avg_sq"] + 0.001 * t["grad"].square()
+    moved = m / (1 - 0.9**STEP) / ((v / (1 - 0.999**STEP)).sqrt() + 1e-8)
+    return (1 - LR * 0.01) * t["param"] - LR * moved, m, v
+
+
 # -- vocabulary ----------------------------------------------------------------------------------
 
 

@@ -318,7 +318,7 @@ def linear_config(capability: int, dtype: torch.dtype, K: int) -> LinearConfig:
 
 # -- adamw ---------------------------------------------------------------------------------------
 
-ADAMW_BLOCK = 1024  # elements of a program
+ADAMW = (2048, 16)  # elements and warps of a program
 
 
 # -- between two products ------------------------------------------------------------------------

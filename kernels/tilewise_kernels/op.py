@@ -130,7 +130,7 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -146,9 +146,13 @@ def plain_eager(args: Sequence[Any]) -> bool:
     """Whether nothing is watching: compiler, dispatch mode, functorch, subclass or meta tensor."""
     if _is_compiling() or _dispatch_modes() or _transform() is not None:
         return False
-    if not _PLAIN.issuperset(map(type, args)):
+    if not _PLAIN.issuperset(map(type, args)) and not all(map(_is_plain, args)):
         return False
     return forward_ad._current_level < 0 and not args[0].is_meta
+
+
+def _is_plain(arg: object) -> bool:
+    return type(arg) in _PLAIN or (type(arg) is list and _PLAIN.issuperset(map(type, arg)))
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:

@@ -2,12 +2,15 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from tilewise_kernels import adamw_step, force
+import tilewise_kernels.op as op_module
+from tilewise_kernels import adamw_step, adamw_triton, explain, force, lazy_triton, native, record
+from tilewise_kernels.adamw import OP
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 
 WAYS = ("triton", "native", "reference")
@@ -64,6 +67,8 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("max_norm", (None, 0.5, 1e4))
 def test_twenty_steps_equal_torchs(dtype, max_norm, way):
     """To rounding: against float64 no further off than torch itself, twice."""
+    if way == "triton" and dtype == F64:
+        return  # which it refuses: below
     option = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     ours = State(parameters(dtype))
     plain, exact = ([torch.nn.Parameter(p.to(d)) for p in parameters(dtype)] for d in (dtype, F64))
@@ -93,7 +98,7 @@ def test_twenty_steps_equal_torchs(dtype, max_norm, way):
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 def test_masters_follow_float32_and_parameters_are_rounded_from_them(dtype, way):
     if way == "triton" and dtype == BF16:
-        return  # its interpreter rounds bfloat16 wrongly
+        return  # refused: its interpreter rounds bfloat16 wrongly
     params = parameters(dtype)
     master = [p.float() for p in params]
     ours, wide = State(params, F32), State([p.float() for p in params])
@@ -154,22 +159,52 @@ def test_the_step_may_be_a_tensor_and_gradients_scaled(way):
 # ---- layouts, repeats, strange numbers ---------------------------------------------------------
 
 
-def test_any_strides_change_no_bit(way):
-    def strided(x: Tensor) -> Tensor:
-        return x.repeat_interleave(2, -1)[..., ::2]
+def strided(x: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return x.repeat_interleave(2, -1)[..., ::2]
 
-    def turned(x: Tensor) -> Tensor:
-        return x.t().contiguous().t()
 
-    plain = State([randn(6, 9, seed=0), randn(6, 9, seed=1)])
-    moved = State([strided(plain.params[0]), turned(plain.params[1])])
+def turned(x: Tensor) -> Tensor:
+    """The same values, dense, columns first."""
+    return x.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [(turned, turned, turned), (strided, turned, torch.clone), (torch.clone, strided, turned)],
+    ids=["turned alike", "strided params", "strided grads"],
+)
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+def test_any_strides_change_no_bit(layouts, dtype, way):
+    """layouts: of parameters with their masters, of gradients, of moments."""
+    of_params, of_grads, of_moments = layouts
+    plain = State([randn(6, 9, seed=i, dtype=dtype) for i in (0, 1)], F32)
+    moved = State([of_params(p) for p in plain.params])
+    moved.m, moved.v = ([of_moments(torch.zeros(6, 9)) for _ in range(2)] for _ in range(2))
+    masters = [[p.float() for p in plain.params] if dtype == F16 else None]
+    masters += [masters[0] and [of_params(w) for w in masters[0]]]
     for t in (1, 2):
-        grads = [randn(6, 9, seed=5 + t), randn(6, 9, seed=8 + t)]
-        norms = plain.step(grads, t, max_norm=1.0), None
-        norms = norms[0], moved.step([turned(grads[0]), strided(grads[1])], t, max_norm=1.0)
-        torch.testing.assert_close(*norms)
-    for a, b in zip(plain.params, moved.params, strict=True):
+        grads = [randn(6, 9, seed=5 * t + i, dtype=dtype) for i in (0, 1)]
+        norm = plain.step(grads, t, max_norm=1.0, master=masters[0])
+        shuffled = [of_grads(g) for g in grads]
+        strides = [x.stride() for x in (*moved.params, *moved.m, *moved.v)]
+        torch.testing.assert_close(
+            moved.step(shuffled, t, max_norm=1.0, master=masters[1]), norm, rtol=1e-6, atol=0
+        )
+        assert strides == [x.stride() for x in (*moved.params, *moved.m, *moved.v)]
+        assert all(torch.equal(a, b) for a, b in zip(shuffled, grads, strict=True))
+    for a, b in zip(
+        [*plain.params, *plain.m, *plain.v], [*moved.params, *moved.m, *moved.v], strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_gaps_are_left_alone(way):
+    memory = torch.full((5, 14), math.nan)
+    param = memory[:, 1::2]
+    param.copy_(randn(5, 7, seed=0))
+    State([param]).step([torch.ones(5, 7)], 1)
+    assert memory[:, ::2].isnan().all() and param.isfinite().all()
 
 
 def test_repeats_and_threads_change_no_bit():
@@ -207,6 +242,24 @@ def test_nan_reaches_what_it_must(way):
     assert all(p.isnan().all() for p in clipped.params)
 
 
+@pytest.mark.parametrize("registered", (False, True))
+def test_version_counters_of_what_is_written_go_up(registered, way):
+    params = [strided(randn(3, 4, seed=0, dtype=F16)), randn(5, seed=1, dtype=F16)]
+    state, master = State(params, F32), [p.float() for p in params]
+    written = [*params, *state.m, *state.v, *master]
+    grads = [torch.ones_like(p) for p in params]
+    before = [t._version for t in (*written, *grads)]
+    if registered:
+        coefficients = torch.tensor([0.1, 0.2, 1.0], dtype=F64)
+        lists = (params, grads, state.m, state.v, master)
+        torch.ops.tilewise.adamw_step(coefficients, *lists, 0.9, 0.999, 1e-8, 1e-5, None)
+    else:
+        state.step(grads, 1, master=master)
+    after = [t._version for t in (*written, *grads)]
+    assert all(a < b for a, b in zip(before, after[: len(written)], strict=False))
+    assert before[len(written) :] == after[len(written) :]
+
+
 def test_parameters_that_require_grad_and_stale_graphs(way):
     p = torch.ones(3, requires_grad=True)
     y = p.square()
@@ -230,7 +283,7 @@ def test_opcheck():
     m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
     masters = [torch.empty(0), torch.empty(0)]
     coefficients = torch.tensor([0.1, 0.2, 1.0], dtype=F64)
-    arguments = (params, grads, m, v, masters, coefficients, 0.9, 0.999, 1e-8, 1e-5)
+    arguments = (coefficients, params, grads, m, v, masters, 0.9, 0.999, 1e-8, 1e-5, 1.0)
     torch.library.opcheck(torch.ops.tilewise.adamw_step.default, arguments)
 
 
@@ -246,9 +299,137 @@ def test_compile():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compile_with_numbers(dynamic):
+    """A step that is an int, strided tensors, masters."""
+    torch._dynamo.reset()
+    compiled = torch.compile(adamw_step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    ours, plain = (State([strided(randn(6, 9, seed=0, dtype=BF16))], F32) for _ in range(2))
+    masters = [[p.float() for p in state.params] for state in (ours, plain)]
+    for t in (1, 2, 3):
+        grads = [randn(6, 9, seed=t, dtype=BF16)]
+        lists = (ours.params, grads, ours.m, ours.v)
+        assert compiled(*lists, t, lr=1e-2, master=masters[0], grad_scale=2.0) is None
+        plain.step(grads, t, master=masters[1], grad_scale=2.0)
+    torch.testing.assert_close([*masters[0], *ours.params], [*masters[1], *plain.params])
+
+
+# ---- choosing ----------------------------------------------------------------------------------
+
+
+def call(dtype: torch.dtype = F32) -> tuple:
+    state = State(parameters(dtype))
+    return state.params, gradients(1, dtype), state.m, state.v, 1
+
+
+def test_explain_and_record_name_the_way():
+    told = explain(adamw_step, *call(), lr=0.1)
+    assert told.implementation == ("reference" if native.missing() else "native")
+    assert set(told.others) | {told.implementation} == set(WAYS)
+    with record() as seen, force("reference"):
+        adamw_step(*call(), lr=0.1, max_norm=1.0)
+    assert [(each.op, each.implementation) for each in seen] == [("adamw_step", "reference")]
+
+
+def test_explain_changes_nothing():
+    lists = call()
+    before = [p.clone() for p in lists[0]]
+    explain(adamw_step, *lists, lr=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(lists[0], before, strict=True))
+
+
+def test_a_lost_extension_is_told_once(monkeypatch):
+    monkeypatch.setattr(op_module, "_warned", set())
+    lost = {**OP.implementations}
+    lost["native"] = op_module.Implementation(
+        "native", lambda *_: pytest.fail("ran"), devices=("cpu",), missing=lambda: "lost it"
+    )
+    monkeypatch.setattr(OP, "implementations", lost)
+    with pytest.warns(RuntimeWarning, match="adamw_step leaves its native way: lost it"):
+        adamw_step(*call(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adamw_step(*call(), lr=0.1)
+
+
+def test_triton_refuses_float64():
+    with force("triton"), pytest.raises(KernelUnavailable, match="a parameter is float64"):
+        adamw_step(*call(F64), lr=0.1)
+
+
 def test_forced_ways_that_are_not_there():
     with force("torch"), pytest.raises(KernelUnavailable, match="no 'torch' implementation"):
         State([torch.ones(3)]).step([torch.ones(3)], 1)
+
+
+@pytest.mark.parametrize("moments, master", [(F32, None), (F64, F32)])
+def test_native_refuses_what_it_has_no_kernel_for(moments, master):
+    """Called directly: the public function does not come so far."""
+    if native.missing():
+        pytest.skip("the native extension is not built")
+    param, m, v = torch.ones(3, dtype=F64), *(torch.zeros(3, dtype=moments) for _ in range(2))
+    masters = [] if master is None else [torch.ones(3, dtype=master)]
+    coefficients = torch.tensor([0.1, 0.2, 1.0], dtype=F64)
+    with pytest.raises(ValueError, match="adamw: "):
+        native.op("adamw")(
+            coefficients, [param], [param], [m], [v], masters, 0.9, 0.999, 1e-8, 0.0, None
+        )
+    assert torch.equal(param, torch.ones(3, dtype=F64)) and not m.any()
+
+
+@pytest.mark.parametrize("change", (None, "dtype", "shape", "overlap", "strided", "none"))
+def test_the_quick_glance_passes_only_what_the_checks_would(change):
+    """And passes the usual: else nothing would be quick."""
+    if native.missing():
+        pytest.skip("the native extension is not built")
+    lists = [list(each) for each in call()[:4]]
+    if change == "dtype":
+        lists[1][2] = lists[1][2].double()
+    elif change == "shape":
+        lists[3][2] = torch.zeros(8)
+    elif change == "overlap":
+        lists[2][2] = lists[0][5][8000:8007]
+    elif change == "strided":
+        lists[0][2] = strided(lists[0][2])
+    elif change == "none":
+        lists[1] = lists[1][:-1]
+    assert native.op("adamw_usual")(*lists, []) is (change is None)
+
+
+# ---- Triton's table ----------------------------------------------------------------------------
+
+
+def test_one_launch_for_every_kind(monkeypatch):
+    """However many parameters: a kind is dtypes, whether there are masters, and alignment."""
+    launched = []
+    run = adamw_triton.Launch.run
+
+    def counted(launch, device):
+        launched.append(launch.grid)
+        run(launch, device)
+
+    monkeypatch.setattr(adamw_triton.Launch, "run", counted)
+    sizes = [3, 5000, 1, 2048, 2049, 0, 700]
+    params = [randn(n, seed=i, dtype=d) for d in (F32, F16) for i, n in enumerate(sizes)]
+    params.append(torch.ones(6)[1:])  # off by four bytes
+    ours, plain = (State([p.clone() if i < 14 else p for i, p in enumerate(params)]) for _ in "ab")
+    plain.params[-1] = params[-1].clone()
+    grads = [randn(*p.shape, seed=50 + i, dtype=p.dtype) for i, p in enumerate(params)]
+    with force("triton"):
+        ours.step(grads, 1)
+    with force("reference"):
+        plain.step(grads, 1)
+    assert sorted(launched) == [(1,), (9,), (9,)]
+    torch.testing.assert_close(ours.params, plain.params, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_cut_a_list_into_programs():
+    lazy_triton.load(vars(adamw_triton))
+    block = adamw_triton.ADAMW[0]
+    row = (16, 32, 48, 64, 0)
+    rows = ((*row, 2 * block + 1, 0, 3), (*row, 1, 3, 1))
+    places, owners = adamw_triton._table(rows, torch.device("cpu"))
+    assert places.tolist() == [list(each) for each in rows] and owners.tolist() == [0, 0, 0, 1]
 
 
 def test_no_slower_than_twice_torchs_fused(record_property):
@@ -329,6 +510,7 @@ def test_bad_input_changes_nothing(changes, message):
         ((0, 0, 1, 2, 3, 4, 5, 6), r"params\[1\] is in params\[0\]'s memory"),
         ((0, 1, 2, 3, 4, 5, 4, 6), r"exp_avg_sqs\[0\] is in exp_avgs\[0\]'s memory"),
         ((0, 1, 2, 1, 3, 4, 5, 6), r"grads\[1\] is in params\[1\]'s memory"),
+        ((0, 1, 2, 3, 4, 5, 6, 6), r"exp_avg_sqs\[1\] is in exp_avg_sqs\[0\]'s memory"),
     ],
 )
 def test_tensors_that_share_memory_are_refused(at, message):
@@ -338,6 +520,27 @@ def test_tensors_that_share_memory_are_refused(at, message):
     with pytest.raises(ArgumentError, match=message):
         adamw_step(*lists, 1, lr=0.1)
     assert torch.equal(memory, torch.ones(7, 3))
+
+
+@pytest.mark.parametrize("of", ("params", "grads"))
+def test_tensors_that_share_a_part_are_refused(of):
+    memory = torch.ones(8)
+    lists = {"params": [memory[:5]], "grads": [torch.ones(5)]}
+    lists[of] = [*lists[of], memory[3:]] if of == "params" else [memory[3:]]
+    lists["grads"] = [*lists["grads"], torch.ones(5)][: len(lists["params"])]
+    state = State(lists["params"])
+    with pytest.raises(ArgumentError, match=r"\[\d\] is in params\[0\]'s memory"):
+        state.step(lists["grads"], 1)
+    assert torch.equal(memory, torch.ones(8))
+
+
+def test_columns_of_one_matrix_are_apart(way):
+    memory = randn(6, 2, seed=0)
+    plain = State([column.clone() for column in memory.unbind(1)])
+    woven = State(list(memory.unbind(1)))
+    for state in (plain, woven):
+        state.step([torch.ones(6), -torch.ones(6)], 1)
+    torch.testing.assert_close(woven.params, plain.params)
 
 
 def test_gradients_may_share_memory():

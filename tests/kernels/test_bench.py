@@ -32,6 +32,7 @@ SMALL = {
     "log_softmax_topk": ((6, 50), Options(top=3)),
     "cross_entropy": ((6, 50), Options()),
     "linear_cross_entropy": ((6, 8, 50), Options()),
+    "adamw_step": ((3, 17), Options()),
 }
 
 

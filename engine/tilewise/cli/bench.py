@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 OPS = [
     "softmax", "attention", "attention_varlen", "decode_attention", "layer_norm", "rms_norm",
     "linear_act", "feed_forward", "linear", "rotary", "log_softmax", "log_softmax_topk",
-    "cross_entropy", "linear_cross_entropy",
+    "cross_entropy", "linear_cross_entropy", "adamw_step",
 ]  # fmt: skip
 DIRECTIONS = ["forward", "backward", "both"]
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 20.0, 15.0
@@ -88,6 +88,7 @@ def bench(
             log_softmax_topk       MxV
             cross_entropy          MxV
             linear_cross_entropy   MxKxV
+            adamw_step             TxN
 
     Every implementation is first checked against float64 at this shape; one that is wrong gets no
     number. % of roof compares with the copy bandwidth and matmul rate that this machine measures.
