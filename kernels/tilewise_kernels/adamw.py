@@ -109,15 +109,13 @@ def _triton(
 ) -> tuple[Tensor]:
     *hyper, max_norm = hyper_and_max_norm
     norm, coefficients = _clipped(coefficients, grads, max_norm)
-    places: list[Sequence[Tensor]] = []
-    copies: list[tuple[Tensor, Tensor]] = []
-    for given in zip(params, grads, exp_avgs, exp_avg_sqs, *[masters] * bool(masters), strict=True):
-        place = _in_one_order(given)
-        places.append(place)
-        copies += [(to, copy) for to, copy in zip(given, place, strict=True) if copy is not to]
+    given = list(zip(params, grads, exp_avgs, exp_avg_sqs, *[masters] * bool(masters), strict=True))
+    places = [_in_one_order(place) for place in given]
     adamw_triton.step(coefficients, places, *hyper)
-    for to, copy in copies:
-        to.copy_(copy)
+    for to, place in zip(given, places, strict=True):
+        for i, copy in enumerate(place):
+            if copy is not to[i] and i != 1:  # a gradient is read only
+                to[i].copy_(copy)
     # kernels write behind autograd's back
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
     return (norm,)
@@ -198,11 +196,11 @@ def _is_usual(params: Sequence[Tensor], *lists: Sequence[Tensor | None]) -> bool
 
 def _check_lists(named: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Raise unless the tensors of every place fit each other and none is in another's memory."""
-    params = named["params"]
+    first = named["params"][0] if named["params"] else None
     for i, place in enumerate(zip(*named.values(), strict=True)):
         _check_place(i, list(named), place)
-        same_device("adamw_step", f"params[{i}]", params[i], "params[0]", params[0])  # type: ignore[arg-type]
-    if params and plain_eager(params):
+        same_device("adamw_step", f"params[{i}]", place[0], "params[0]", first)  # type: ignore[arg-type]
+    if first is not None and plain_eager(list(chain(*named.values()))):
         _check_memory(named)
 
 

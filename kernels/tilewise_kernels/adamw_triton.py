@@ -162,9 +162,7 @@ def _table(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]
     if device.type != "cuda":
         return _with_owners(torch.tensor(rows, device=device), rows)
     if torch.cuda.is_current_stream_capturing():
-        places = torch.zeros(len(rows), 8, dtype=torch.int64, device=device)
-        torch._foreach_add_(list(places.view(-1).unbind()), list(chain(*rows)))
-        return _with_owners(places, rows)
+        return _with_owners(_written(rows, device), rows)
     return _copied(rows, device, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -173,6 +171,12 @@ def _copied(rows: tuple[Row, ...], device: torch.device, stream: int) -> tuple[T
     """stream: where the table is copied and used; another stream might read it too early."""
     host = torch.tensor(rows, device="cpu").pin_memory()
     return _with_owners(host.to(device, non_blocking=True), rows)
+
+
+def _written(rows: tuple[Row, ...], device: torch.device) -> Tensor:
+    places = torch.zeros(len(rows), 8, dtype=torch.int64, device=device)
+    torch._foreach_add_(list(places.view(-1).unbind()), list(chain(*rows)))
+    return places
 
 
 def _with_owners(places: Tensor, rows: tuple[Row, ...]) -> tuple[Tensor, Tensor]:

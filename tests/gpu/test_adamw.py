@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tilewise_kernels import adamw_step, force
+from tilewise_kernels import adamw_step, adamw_triton, explain, force
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16 = torch.float32, torch.bfloat16
-SHAPES = [(1,), (1000, 77), (5,), (3, 4, 129)]
+SHAPES = [(1,), (1000, 77), (5,), (0, 4), (3, 4, 129)]
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
@@ -42,6 +42,77 @@ def test_masters(normal, gpu_only) -> None:
     assert all(torch.equal(p, w.to(BF16)) for p, w in zip(params, master, strict=True))
 
 
+@pytest.mark.parametrize("dtype", (FLOAT, torch.float16), ids=str)
+def test_many_tensors_in_one_launch(dtype, normal, pick, monkeypatch) -> None:
+    """As the reference does, and as often as they are stepped: the table is kept."""
+    launched = []
+    run = adamw_triton.Launch.run
+
+    def counted(launch, device) -> None:
+        launched.append(launch.grid)
+        run(launch, device)
+
+    monkeypatch.setattr(adamw_triton.Launch, "run", counted)
+    sizes = [1 + 997 * i % pick(50000, 3000) for i in range(pick(150, 20))]
+    ours, plain = ([[normal(n, dtype=dtype) for n in sizes]] for _ in range(2))
+    plain[0] = [p.clone() for p in ours[0]]
+    for state in (ours, plain):
+        state += [[p.new_zeros(p.shape, dtype=FLOAT) for p in state[0]] for _ in range(2)]
+    grads = [normal(n, dtype=dtype) for n in sizes]
+    for t in (1, 2, 3):
+        for way, (p, m, v) in (("triton", ours), ("reference", plain)):
+            with force(way):
+                adamw_step(p, grads, m, v, t, lr=1e-2, max_norm=1.0)
+    assert len(launched) == 3
+    torch.testing.assert_close(ours[1:], plain[1:], rtol=1e-5, atol=1e-6)
+    rounding = {} if dtype == FLOAT else {"rtol": 2e-3, "atol": 1e-6}
+    torch.testing.assert_close(ours[0], plain[0], **rounding)
+
+
+def test_strided_tensors(normal) -> None:
+    plain = [normal(60, 90), normal(60, 90)]
+    moved = [plain[0].t().contiguous().t(), plain[1].repeat_interleave(2, -1)[..., ::2]]
+    zeros = [[torch.zeros_like(plain[0]) for _ in plain] for _ in range(4)]
+    for t in (1, 2):
+        grads = [normal(60, 90), normal(90, 60).t()]
+        with force("triton"):
+            adamw_step(plain, grads, *zeros[:2], t, lr=1e-2)
+            adamw_step(moved, grads, *zeros[2:], t, lr=1e-2)
+    torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_who_runs(normal, gpu_only) -> None:
+    gpu_only("choice to make")
+    for dtype, way in ((FLOAT, "triton"), (BF16, "triton"), (torch.float64, "reference")):
+        lists = ([normal(5, dtype=dtype)] for _ in range(4))
+        assert explain(adamw_step, *lists, 1, lr=0.1).implementation == way
+
+
+def test_nothing_waits(normal, gpu_only) -> None:
+    """The table is made and copied, then found; the norm is taken."""
+    gpu_only("queue to wait for")
+    p, g, m, v = ([normal(*shape).abs() for shape in SHAPES] for _ in range(4))
+    adamw_step(p, g, m, v, 1, lr=0.1, max_norm=1.0)  # compiles
+    adamw_triton._copied.cache_clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in (2, 3):
+            adamw_step(p, g, m, v, t, lr=0.1, max_norm=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_past_two_to_the_31_elements(device, gpu_only, room) -> None:
+    gpu_only("memory for it")
+    room(20)
+    size = 2**31 + 4100
+    p, g, m, v = (torch.zeros(size, dtype=torch.float16, device=device) for _ in range(4))
+    g[-4097:] = 1
+    with force("triton"):
+        adamw_step([p], [g], [m], [v], 1, lr=0.5, weight_decay=0.0, eps=1e-3)
+    assert (p[-4097:] < -0.4).all() and not p[:4096].any() and not p[-5000:-4097].any()
+
+
 def test_a_graph_replays_with_its_step_on_the_device(normal, gpu_only, device) -> None:
     gpu_only("CUDA graphs")
     p, g = [normal(1000)], [normal(1000)]
@@ -61,3 +132,31 @@ def test_a_graph_replays_with_its_step_on_the_device(normal, gpu_only, device) -
         graph.replay()
         adamw_step(plain[0], g, plain[1], plain[2], t, lr=1e-2, max_norm=1.0)
     torch.testing.assert_close(p[0], plain[0][0])
+
+
+def test_a_graph_holds_its_table(normal, gpu_only) -> None:
+    """Gradients that are made inside the graph; tables and memory of before are gone at replay."""
+    gpu_only("CUDA graphs")
+    params = [normal(n) for n in (1000, 3, 5000)]
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    plain = [[t.clone() for t in each] for each in (params, m, v)]
+
+    def step(params, m, v) -> None:
+        adamw_step(params, [p.sin() for p in params], m, v, 3, lr=1e-2, max_norm=1.0)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*[[t.clone() for t in each] for each in plain])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(params, m, v)
+    adamw_triton._copied.cache_clear()
+    torch.cuda.empty_cache()
+    junk = [torch.full((1 << 10,), -1, device=params[0].device) for _ in range(200)]
+    for _ in range(3):
+        graph.replay()
+        step(*plain)
+    del junk
+    torch.testing.assert_close([params, m, v], plain, rtol=1e-6, atol=1e-7)

@@ -270,6 +270,13 @@ def test_parameters_that_require_grad_and_stale_graphs(way):
         y.sum().backward()
 
 
+def test_inference_mode(way):
+    with torch.inference_mode():
+        state = State([torch.ones(3), strided(torch.ones(2, 3))])
+        state.step([torch.ones(3), torch.ones(2, 3)], 1)
+    assert all((p < 1).all() for p in state.params)
+
+
 def test_an_empty_list_does_nothing():
     assert adamw_step([], [], [], [], 1, lr=1.0) is None
     assert adamw_step([], [], [], [], 1, lr=1.0, max_norm=1.0) == 0
@@ -287,9 +294,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tilewise.adamw_step.default, arguments)
 
 
-def test_compile():
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(adamw_step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(adamw_step, fullgraph=True, backend=backend)
     ours, plain = State(parameters()[3:5]), State(parameters()[3:5])
     for t in range(1, 4):
         grads, step = gradients(t)[3:5], torch.tensor(float(t))
@@ -426,10 +434,11 @@ def test_one_launch_for_every_kind(monkeypatch):
 def test_rows_cut_a_list_into_programs():
     lazy_triton.load(vars(adamw_triton))
     block = adamw_triton.ADAMW[0]
-    row = (16, 32, 48, 64, 0)
+    row = (2**56 + 1, 2**63 - 1, 48, 64, 0)
     rows = ((*row, 2 * block + 1, 0, 3), (*row, 1, 3, 1))
     places, owners = adamw_triton._table(rows, torch.device("cpu"))
     assert places.tolist() == [list(each) for each in rows] and owners.tolist() == [0, 0, 0, 1]
+    assert torch.equal(places, adamw_triton._written(rows, torch.device("cpu")))  # in CUDA graphs
 
 
 def test_no_slower_than_twice_torchs_fused(record_property):
@@ -543,7 +552,7 @@ def test_columns_of_one_matrix_are_apart(way):
     torch.testing.assert_close(woven.params, plain.params)
 
 
-def test_gradients_may_share_memory():
+def test_gradients_may_share_memory(way):
     memory, grad = torch.ones(6, 3), torch.ones(1).expand(3)
     adamw_step(
         memory[:2].unbind(), [grad, grad], memory[2:4].unbind(), memory[4:].unbind(), 1, lr=1

@@ -268,6 +268,8 @@ class Log(TorchDispatchMode):
 def test_plain_eager():
     assert plain_eager((X, None, 1.0, torch.nn.Parameter(X)))
     assert not plain_eager((X, X.as_subclass(Tagged)))
+    assert plain_eager((X, [X, torch.nn.Parameter(X)], []))
+    assert not plain_eager((X, [X, X.as_subclass(Tagged)]))
     assert not plain_eager((X.to("meta"),))
     with Log():
         assert not plain_eager((X,))
