@@ -29,7 +29,7 @@ bool is_half(const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
 }
 
-// ---- whether a call is as calls usually are ------------------------------------------------------
+// ---- whether a call is as calls usually are -----------------------------------------------
 
 bool is_float_tensor(const Tensor& tensor) {
   return tensor.layout() == at::kStrided && !tensor.is_nested() &&
@@ -84,7 +84,7 @@ bool adamw_usual(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
   return are_apart(spans);
 }
 
-// ---- the step ------------------------------------------------------------------------------------
+// ---- the step ----------------------------------------------------------------------------------
 
 void check(const Tensor& param, const Tensor& grad, const Tensor& m, const Tensor& v,
            const Tensor* master) {
@@ -147,9 +147,9 @@ class Places {
   Copies read_, written_;
 };
 
-// coefficients: double [3]: lr / (1 - beta1^t), sqrt(1 - beta2^t), and what gradients are multiplied
-// with. masters: none, or one for each parameter, where an empty one means none. Returns the norm
-// of the gradients, so multiplied, if there is a max_norm.
+// coefficients: double [3]: lr / (1 - beta1^t), sqrt(1 - beta2^t), and what gradients are
+// multiplied with. masters: none, or one for each parameter, where an empty one means none. Returns
+// the norm of the gradients, so multiplied, if there is a max_norm.
 Tensor adamw_cpu(const Tensor& coefficients, TensorList params, TensorList grads,
                  TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, double beta1,
                  double beta2, double eps, double decay, std::optional<double> max_norm) {
