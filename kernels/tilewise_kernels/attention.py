@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import attention_cpu, dropout, lazy_triton
+from . import attention_cpu, dropout, lazy_triton, native
 from .attention_blocked import Scoring, blocked, blocked_backward, multiplies_half, reference
 from .checks import (
     broadcasts,
@@ -89,6 +89,39 @@ def triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     return None
 
 
+# -- native --------------------------------------------------------------------------------------
+
+
+def native_lacks(q: Tensor, *_: object) -> str | None:
+    """What csrc/attention.cpp was never made for."""
+    if q.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"its kernel has no {q.dtype}"
+
+
+def native_refuses(q: Tensor, *_: object) -> str | None:
+    """Why csrc/attention.cpp cannot take a call."""
+    if lacking := native_lacks(q):
+        return lacking
+    if not native.op("attention_runs")(q.dtype):
+        return f"torch multiplies no tiles of {q.dtype} on this CPU"
+    return None
+
+
+def _native_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return native.op("attention_forward")(q, *rest)
+
+
+def _native_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    *scoring, needs = rest
+    return native.op("attention_backward")(grad, q, k, v, lse, *scoring, needs[3])
+
+
+# -- torch ---------------------------------------------------------------------------------------
+
+
 def _torch_slower(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
     if multiplies_half(q):
         return "it multiplies float32: half products are faster here"
@@ -141,6 +174,16 @@ OP = Op(
             missing=lazy_triton.missing,
             refuses=triton_refuses,
             refuses_backward=lambda grad, q, k, v, *_: triton_refuses(q, k, v),
+        ),
+        Implementation(
+            "native",
+            _native_forward,
+            _native_backward,
+            devices=("cpu",),
+            missing=native.missing,
+            refuses=native_refuses,
+            slower=native_lacks,
+            refuses_backward=lambda grad, q, *_: native_refuses(q),
         ),
         Implementation(
             "torch",

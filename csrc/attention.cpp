@@ -1,0 +1,392 @@
+// Attention on the CPU. Compiled once per capability (CPU_CAPABILITY = DEFAULT, AVX2, AVX512).
+//
+//   forward, a block of up to 64 queries, a tile of up to 512 keys after another:
+//     S = q K^T;  S = score(S);  peak' = max(peak, S);  P = exp(S - peak')
+//     out = exp(peak - peak') out + P V;  sum likewise;  at the end out / sum, lse = peak + log sum
+//   backward, such a block with all keys that it sees:
+//     S = q K^T, dP = g V^T;  P = softmax(score(S));  dS = P (dP - sum_j P dP)
+//     dq = dS K;  dK^T += q^T dS;  dV^T += g^T P
+//
+// A task is one key head and a part of its queries. It packs the head's keys once; they, the scores
+// and all between the products stay in cache. Backward finds P from the scores' own peak and sum:
+// exp(score - lse) is as coarse as an lse of 1e4 in float32, and sum(P dP) is exact where one key
+// takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products only.
+// The order of every sum is fixed by the shapes: the result is the same bits for any number of
+// threads. NaN behaves as in softmax.cpp.
+
+#include "attention.h"
+
+#include "attention_block.h"
+
+namespace tilewise::CPU_CAPABILITY {
+namespace {
+
+constexpr float kNoGradient = -1e30f;  // rows with a smaller lse have none, as in every other way
+
+// Part `part` of `parts` of a task's blocks: f(block).
+template <typename F>
+void by_blocks(const Attention& args, const Item& item, int64_t head, int64_t part, int64_t parts,
+               const F& f) {
+  const Blocks blocks(args, item, head);
+  const int64_t count = blocks.count(), end = count * (part + 1) / parts;
+  for (int64_t i = count * part / parts; i < end; ++i) f(blocks.at(i));
+}
+
+// Rows of a product: multiples of 8, for each size is a kernel that oneDNN compiles and keeps.
+int64_t product_rows(const Block& block) { return filled(block.size(), 8); }
+
+// ---- forward ----------------------------------------------------------------------------------
+
+template <typename T>
+class Forward {
+ public:
+  Forward(const Attention& args, int64_t parts, int64_t longest)
+      : args_(args),
+        parts_(parts),
+        keys_(longest, args.head_dim, true, false),
+        values_(longest, args.value_dim, false, true),
+        queries_(args.head_dim),
+        scores_(kRows * kAttentionKeys),
+        p_(kPerWord<T> == 1 ? 0 : kRows * kAttentionKeys / 2),
+        kept_(kAttentionKeys),
+        out_(kRows * args.value_dim) {}
+
+  void run(int64_t task) {
+    const int64_t part = task % parts_, head = task / parts_ % args_.heads;
+    const Item& item = args_.items[task / parts_ / args_.heads];
+    const Seen seen = seen_by(args_, item, 0, item.sq);
+    keys_.pack(rows_of<T>(args_.k, item, item.k_row, head), args_.k.row, seen.first, seen.last);
+    values_.pack(rows_of<T>(args_.v, item, item.k_row, head), args_.v.row, seen.first, seen.last);
+    by_blocks(args_, item, head, part, parts_, [&](const Block& block) { attend(item, block); });
+  }
+
+ private:
+  void attend(const Item& item, const Block& block) {
+    queries_.load(args_.q, item, block);
+    std::fill(peak_, peak_ + kRows, kLowest);
+    std::fill(sum_, sum_ + kRows, 0.0f);
+    const int64_t rows = product_rows(block);
+    if (block.first == block.last) std::fill(out_.data(), out_.data() + rows * args_.value_dim, 0);
+    by_tiles(block.first, block.last, [&](int64_t first, int64_t last) {
+      const int64_t count = last - first;
+      keys_.by_columns(queries_.data(), queries_.stride(), rows, first, last, scores_.data(), count);
+      for (int64_t i = 0; i < block.size(); ++i) {
+        soften(item, row_of(args_, item, block, i), i, first, count, first > block.first);
+      }
+      for (int64_t i = block.size(); i < rows; ++i) std::fill_n(p_row(i, count), count, T(0));
+      values_.by_rows(p_row(0, count), count, rows, first, last, out_.data(), args_.value_dim,
+                      first > block.first);
+    });
+    finish(item, block);
+  }
+
+  T* p_row(int64_t i, int64_t count) {
+    return reinterpret_cast<T*>(kPerWord<T> == 1 ? scores_.data() : p_.data()) + i * count;
+  }
+
+  // Scores of row i become P, less what dropout drops; what out has so far follows the new peak.
+  void soften(const Item& item, const Row& row, int64_t i, int64_t first, int64_t count,
+              bool later) {
+    float* const s = scores_.data() + i * count;
+    score(args_, item, row, first, count, s, nullptr);
+    const float peak = larger_of(peak_[i], largest(s, count));
+    const float base = peak == kLowest ? 0.0f : peak;  // then every exp is 0 or NaN
+    const float sum = exponentials(s, count, base);
+    if (later && peak != peak_[i]) {
+      const float factor = peak_[i] == kLowest ? 0.0f : std::exp(peak_[i] - peak);
+      float* const out = out_.data() + i * args_.value_dim;
+      for (int64_t d = 0; d < args_.value_dim; ++d) out[d] *= factor;
+      sum_[i] *= factor;
+    }
+    peak_[i] = peak;
+    sum_[i] += sum;
+    if (args_.dropout) {
+      keep(args_, item, row, first, count, kept_.data());
+      for (int64_t j = 0; j < count; ++j) s[j] *= kept_.data()[j];
+    }
+    if constexpr (kPerWord<T> == 2) write_row(s, 1.0f, count, p_row(i, count));
+  }
+
+  static float larger_of(float a, float b) { return b > a ? b : a; }
+
+  void finish(const Item& item, const Block& block) {
+    for (int64_t i = 0; i < block.size(); ++i) {
+      const Row row = row_of(args_, item, block, i);
+      const float factor = sum_[i] == 0.0f ? 0.0f : args_.kept_scale / sum_[i];
+      write_row(out_.data() + i * args_.value_dim, factor, args_.value_dim,
+                rows_of<T>(args_.out, item, item.q_row + row.row, row.head));
+      const float base = peak_[i] == kLowest ? 0.0f : peak_[i];
+      *rows_of<float>(args_.lse, item, item.q_row + row.row, row.head) = base + std::log(sum_[i]);
+    }
+  }
+
+  const Attention& args_;
+  int64_t parts_;
+  Keys<T> keys_, values_;
+  Queries<T> queries_;
+  Floats scores_, p_, kept_, out_;
+  float peak_[kRows], sum_[kRows];
+};
+
+template <typename T>
+void forward(const Attention& args) {
+  int64_t longest = 0, blocks = 1;
+  for (int64_t i = 0; i < args.num_items; ++i) {
+    longest = std::max(longest, args.items[i].length);
+    blocks = std::max(blocks, Blocks(args, args.items[i], 0).count());
+  }
+  // Each part packs the keys again. Rows know nothing of each other, so parts may follow threads.
+  const int64_t pairs = args.num_items * args.heads;
+  const int64_t wanted = (2 * at::get_num_threads() + pairs - 1) / pairs;
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, (blocks + 1) / 2);
+  run_tasks<T>(pairs * parts, [&] { return Forward<T>(args, parts, longest); });
+}
+
+// ---- backward ---------------------------------------------------------------------------------
+
+template <typename T>
+class Backward {
+ public:
+  explicit Backward(const AttentionBackward& args)
+      : args_(args),
+        room_(room_for_keys(args.longest)),
+        stride_(room_ + kTile),  // not a power of two, which would crowd a part of the cache
+        keys_(args.longest, args.head_dim, true, true),
+        values_(args.longest, args.value_dim, true, false),
+        queries_(args.head_dim),
+        grads_(args.value_dim),
+        queries_t_(kRows / kPerWord<T> * filled(args.head_dim)),
+        grads_t_(kRows / kPerWord<T> * filled(args.value_dim)),
+        staged_(kTile * filled(std::max(args.head_dim, args.value_dim))),
+        scores_(kRows * stride_),
+        dscores_(kRows * stride_),
+        tanh_(args.softcap == 0.0f ? 0 : kRows * stride_),
+        kept_(stride_),
+        p_words_(kPerWord<T> == 1 ? 0 : kRows / 2 * stride_),
+        ds_words_(kPerWord<T> == 1 ? 0 : kRows / 2 * stride_),
+        ds_rows_(kPerWord<T> == 1 ? 0 : kRows / 2 * stride_),
+        dq_(kRows * filled(args.head_dim)),
+        sums_(args.partial != nullptr ? 0 : key_sums(args, args.longest)) {}
+
+  // Items and heads that share rows of dbias belong to one task, which takes them in order.
+  void run(int64_t task) {
+    const int64_t part = task % args_.parts;
+    task /= args_.parts;
+    const int64_t head = args_.share_heads ? 0 : task % args_.heads;
+    const int64_t item = args_.share_items ? 0 : args_.share_heads ? task : task / args_.heads;
+    for (int64_t i = item; i < (args_.share_items ? args_.num_items : item + 1); ++i) {
+      for (int64_t h = head; h < (args_.share_heads ? args_.heads : head + 1); ++h) run(i, h, part);
+    }
+  }
+
+  // The sums of all parts, in order, become dk and dv.
+  void add_parts(int64_t pair) {
+    const int64_t size = key_sums(args_, args_.longest);
+    float* const sums = args_.partial + pair * args_.parts * size;
+    for (int64_t part = 1; part < args_.parts; ++part) {
+      for (int64_t j = 0; j < size; ++j) sums[j] += sums[part * size + j];
+    }
+    finish(args_.items[pair / args_.heads], pair % args_.heads, sums);
+  }
+
+ private:
+  void run(int64_t number, int64_t head, int64_t part) {
+    const Item& item = args_.items[number];
+    const Seen seen = seen_by(args_, item, 0, item.sq);
+    keys_.pack(rows_of<T>(args_.k, item, item.k_row, head), args_.k.row, seen.first, seen.last);
+    values_.pack(rows_of<T>(args_.v, item, item.k_row, head), args_.v.row, seen.first, seen.last);
+    const int64_t size = key_sums(args_, args_.longest);
+    float* sums = sums_.data();
+    if (args_.partial != nullptr) {
+      sums = args_.partial + ((number * args_.heads + head) * args_.parts + part) * size;
+    }
+    std::memset(sums, 0, size * sizeof(float));
+    part_ = part;
+    by_blocks(args_, item, head, part, args_.parts,
+              [&](const Block& block) { differentiate(item, block, sums); });
+    if (args_.partial == nullptr) finish(item, head, sums);
+  }
+
+  void differentiate(const Item& item, const Block& block, float* sums) {
+    const int64_t count = block.last - block.first, rows = product_rows(block);
+    if (count == 0) {
+      for (int64_t i = 0; i < block.size(); ++i) write_dq(item, block, i, 0.0f);
+      return;
+    }
+    load(item, block);
+    keys_.by_columns(queries_.data(), queries_.stride(), rows, block.first, block.last,
+                     scores_.data(), stride_);
+    values_.by_columns(grads_.data(), grads_.stride(), rows, block.first, block.last,
+                       dscores_.data(), stride_);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (i < block.size() && !dead_[i]) {
+        soften(item, row_of(args_, item, block, i), i, block.first, count);
+      } else {
+        std::fill_n(scores_.data() + i * stride_, count, 0.0f);
+        std::fill_n(dscores_.data() + i * stride_, count, 0.0f);
+      }
+      if (kPerWord<T> == 2 && i % 2 == 1) round_two(i - 1, count);
+    }
+    const bool half = kPerWord<T> == 2;
+    const T* const ds = reinterpret_cast<const T*>(half ? ds_rows_.data() : dscores_.data());
+    keys_.by_rows(ds, stride_, rows, block.first, block.last, dq_.data(), args_.head_dim, false);
+    for (int64_t i = 0; i < block.size(); ++i) write_dq(item, block, i, args_.scale);
+    add_keys(queries_t_.data(), args_.head_dim, half ? ds_words_.data() : dscores_.data(), rows,
+             block, sums);
+    add_keys(grads_t_.data(), args_.value_dim, half ? p_words_.data() : scores_.data(), rows, block,
+             sums + room_ * filled(args_.head_dim));
+  }
+
+  void load(const Item& item, const Block& block) {
+    queries_.load(args_.q, item, block);
+    grads_.load(args_.grad, item, block);
+    for (int64_t i = 0; i < block.size(); ++i) {
+      const Row row = row_of(args_, item, block, i);
+      dead_[i] = *rows_of<float>(args_.lse, item, item.q_row + row.row, row.head) < kNoGradient;
+      if (dead_[i]) std::fill_n(grads_.row(i), args_.value_dim, T(0));
+    }
+    queries_.transposed(staged_.data(), queries_t_.data());
+    grads_.transposed(staged_.data(), grads_t_.data());
+  }
+
+  // Row i of q k^T becomes P, less what dropout drops; that of g v^T the gradient of q k^T / scale.
+  void soften(const Item& item, const Row& row, int64_t i, int64_t first, int64_t count) {
+    float* const s = scores_.data() + i * stride_;
+    float* const ds = dscores_.data() + i * stride_;
+    float* const tanh = tanh_.data() + i * stride_;
+    score(args_, item, row, first, count, s, tanh);
+    const float peak = largest(s, count);
+    const float sum = exponentials(s, count, peak == kLowest ? 0.0f : peak);
+    const Vec inverse(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const int64_t begin = std::clamp<int64_t>(row.seen.first - first, 0, count);
+    const int64_t end = std::clamp<int64_t>(row.seen.last - first, begin, count);
+    std::fill(ds, ds + begin, 0.0f);  // a hidden value may be NaN
+    std::fill(ds + end, ds + count, 0.0f);
+    if (args_.dropout) drop(item, row, first, count, ds);
+    Vec dots(0.0f);
+    for (int64_t j = 0; j < count; j += kWidth) {
+      dots = at::vec::fmadd(Vec::loadu(s + j), Vec::loadu(ds + j), dots);
+    }
+    const Vec dot(sum_of(dots * inverse));
+    for (int64_t j = 0; j < count; j += kWidth) {
+      const Vec p = Vec::loadu(s + j) * inverse;
+      (p * (Vec::loadu(ds + j) - dot)).store(ds + j);
+      (args_.dropout ? p * Vec::loadu(kept_.data() + j) : p).store(s + j);
+    }
+    if (args_.dbias != nullptr) add_bias(item, row, first + begin, end - begin, ds + begin);
+    if (args_.softcap == 0.0f) return;
+    for (int64_t j = 0; j < count; j += kWidth) {
+      const Vec t = Vec::loadu(tanh + j), slope = Vec(1.0f) - t * t;
+      (Vec::loadu(ds + j) * slope).store(ds + j);
+    }
+  }
+
+  void drop(const Item& item, const Row& row, int64_t first, int64_t count, float* ds) {
+    float* const kept = kept_.data();
+    keep(args_, item, row, first, count, kept);
+    for (int64_t j = 0; j < count; ++j) ds[j] *= kept[j] * args_.kept_scale;
+  }
+
+  void add_bias(const Item& item, const Row& row, int64_t first, int64_t count, const float* ds) {
+    float* const to = args_.dbias + item.batch * args_.dbias_batch + row.head * args_.dbias_head +
+                      part_ * args_.dbias_part + row.row * args_.dbias_row + first * args_.dbias_key;
+    if (args_.dbias_key != 0) {
+      for (int64_t j = 0; j < count; ++j) to[j] += ds[j];
+    } else {
+      float sum = 0.0f;
+      for (int64_t j = 0; j < count; ++j) sum += ds[j];
+      *to += sum;
+    }
+  }
+
+  // Rows i and i + 1 of P and dS as operands in bfloat16.
+  void round_two(int64_t i, int64_t count) {
+    T* const ds = reinterpret_cast<T*>(ds_rows_.data()) + i * stride_;
+    T* const p = reinterpret_cast<T*>(kept_.data());  // kept_ is not needed any more
+    for (int64_t r = 0; r < 2; ++r) {
+      write_row(scores_.data() + (i + r) * stride_, 1.0f, count, p + r * stride_);
+      write_row(dscores_.data() + (i + r) * stride_, 1.0f, count, ds + r * stride_);
+    }
+    pair(p, p + stride_, count, p_words_.data() + i / 2 * stride_);
+    pair(ds, ds + stride_, count, ds_words_.data() + i / 2 * stride_);
+  }
+
+  // sums [tile][width][keys of the tile] += a [width][kRows] times rows of keys.
+  void add_keys(const float* a, int64_t width, const float* b, int64_t rows, const Block& block,
+                float* sums) {
+    const int64_t per_tile = std::min(room_, kAttentionKeys);
+    by_tiles(block.first, block.last, [&](int64_t first, int64_t last) {
+      multiply(width, last - first, filled(rows, kPerWord<T>), reinterpret_cast<const T*>(a), kRows,
+               b + first - block.first, stride_, sums + tile_of(first, width), per_tile, true);
+    });
+  }
+
+  static int64_t tile_of(int64_t key, int64_t width) {
+    return key / kAttentionKeys * kAttentionKeys * filled(width) + key % kAttentionKeys;
+  }
+
+  void write_dq(const Item& item, const Block& block, int64_t i, float factor) {
+    const Row row = row_of(args_, item, block, i);
+    T* const to = rows_of<T>(args_.dq, item, item.q_row + row.row, row.head);
+    if (factor == 0.0f) return std::fill_n(to, args_.head_dim, T(0)), void();
+    write_row(dq_.data() + i * args_.head_dim, factor, args_.head_dim, to);
+  }
+
+  void finish(const Item& item, int64_t head, const float* sums) {
+    write_keys(args_.dk, item, head, args_.head_dim, args_.scale, sums);
+    write_keys(args_.dv, item, head, args_.value_dim, args_.kept_scale,
+               sums + room_ * filled(args_.head_dim));
+  }
+
+  void write_keys(const Matrices& of, const Item& item, int64_t head, int64_t width, float factor,
+                  const float* sums) {
+    T* const to = rows_of<T>(of, item, item.k_row, head);
+    const int64_t per_tile = std::min(room_, kAttentionKeys), wide = filled(width);
+    for (int64_t j = 0; j < item.length; j += kTile) {
+      for (int64_t d = 0; d < wide; d += kTile) {
+        at::vec::transpose_mxn<float, kTile, kTile>(sums + tile_of(j, width) + d * per_tile,
+                                                    per_tile, staged_.data() + d, wide);
+      }
+      for (int64_t r = 0; r < std::min(kTile, item.length - j); ++r) {
+        write_row(staged_.data() + r * wide, factor, width, to + (j + r) * of.row);
+      }
+    }
+    for (int64_t j = item.length; j < item.sk; ++j) std::fill_n(to + j * of.row, width, T(0));
+  }
+
+  const AttentionBackward& args_;
+  int64_t room_, stride_, part_ = 0;
+  Keys<T> keys_, values_;
+  Queries<T> queries_, grads_;
+  Floats queries_t_, grads_t_, staged_;
+  Floats scores_, dscores_, tanh_, kept_, p_words_, ds_words_, ds_rows_, dq_, sums_;
+  bool dead_[kRows];
+};
+
+template <typename T>
+void backward(const AttentionBackward& args) {
+  const int64_t items = args.share_items ? 1 : args.num_items;
+  const int64_t heads = args.share_heads ? 1 : args.heads;
+  struct Parts : Backward<T> {
+    using Backward<T>::Backward;
+    void run(int64_t pair) { this->add_parts(pair); }
+  };
+  run_tasks<T>(items * heads * args.parts, [&] { return Backward<T>(args); });
+  if (args.partial != nullptr) {
+    run_tasks<T>(args.num_items * args.heads, [&] { return Parts(args); });
+  }
+}
+
+}  // namespace
+
+void attention_forward(const Attention& args) {
+  if (args.dtype == Float::bf16) return forward<c10::BFloat16>(args);
+  forward<float>(args);
+}
+
+void attention_backward(const AttentionBackward& args) {
+  if (args.dtype == Float::bf16) return backward<c10::BFloat16>(args);
+  backward<float>(args);
+}
+
+}  // namespace tilewise::CPU_CAPABILITY
