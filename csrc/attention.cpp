@@ -23,13 +23,14 @@ namespace {
 
 constexpr float kNoGradient = -1e30f;  // rows with a smaller lse have none, as in every other way
 
-// Part `part` of `parts` of a task's blocks: f(block).
+// Part `part` of `parts` of a key head's blocks, those of the same rows in one part or not: f(block).
 template <typename F>
 void by_blocks(const Attention& args, const Item& item, int64_t head, int64_t part, int64_t parts,
-               const F& f) {
+               bool rows_in_one, const F& f) {
   const Blocks blocks(args, item, head);
-  const int64_t count = blocks.count(), end = count * (part + 1) / parts;
-  for (int64_t i = count * part / parts; i < end; ++i) f(blocks.at(i));
+  const int64_t unit = rows_in_one ? blocks.of_rows() : 1, count = blocks.count() / unit;
+  const int64_t end = count * (part + 1) / parts * unit;
+  for (int64_t i = count * part / parts * unit; i < end; ++i) f(blocks.at(i));
 }
 
 // Rows of a product: multiples of 8, for each size is a kernel that oneDNN compiles and keeps.
@@ -57,7 +58,8 @@ class Forward {
     const Seen seen = seen_by(args_, item, 0, item.sq);
     keys_.pack(rows_of<T>(args_.k, item, item.k_row, head), args_.k.row, seen.first, seen.last);
     values_.pack(rows_of<T>(args_.v, item, item.k_row, head), args_.v.row, seen.first, seen.last);
-    by_blocks(args_, item, head, part, parts_, [&](const Block& block) { attend(item, block); });
+    by_blocks(args_, item, head, part, parts_, false,
+              [&](const Block& block) { attend(item, block); });
   }
 
  private:
@@ -202,7 +204,7 @@ class Backward {
     }
     std::memset(sums, 0, size * sizeof(float));
     part_ = part;
-    by_blocks(args_, item, head, part, args_.parts,
+    by_blocks(args_, item, head, part, args_.parts, args_.share_heads,
               [&](const Block& block) { differentiate(item, block, sums); });
     if (args_.partial == nullptr) finish(item, head, sums);
   }

@@ -80,9 +80,11 @@ void pair(const T* a, const T* b, int64_t width, float* to) {
 }
 
 // 16 rows of `words` words (a multiple of 16) as columns.
-inline void transpose(const float* from, int64_t words, float* to, int64_t stride) {
+inline void transpose(const float* from, int64_t from_stride, int64_t words, float* to,
+                      int64_t to_stride) {
   for (int64_t w = 0; w < words; w += kTile) {
-    at::vec::transpose_mxn<float, kTile, kTile>(from + w, words, to + w * stride, stride);
+    at::vec::transpose_mxn<float, kTile, kTile>(from + w, from_stride, to + w * to_stride,
+                                                to_stride);
   }
 }
 
@@ -104,16 +106,18 @@ class Keys {
   }
 
   void pack(const T* x, int64_t stride, int64_t begin, int64_t end) {
+    const bool fits = width_ == words_ * kPerWord<T> && stride % kPerWord<T> == 0;
     for (int64_t j = begin / kTile * kTile; j < end; j += kTile) {
-      for (int64_t r = 0; r < kTile; ++r) {
-        T* const row = staged(r);
-        const bool real = j + r >= begin && j + r < end;
-        if (real) std::memcpy(row, x + (j + r) * stride, width_ * sizeof(T));
-        if (!real) std::memset(row, 0, width_ * sizeof(T));
+      const bool in_place = fits && j >= begin && j + kTile <= end;
+      const T* const rows = in_place ? x + j * stride : stage(x, stride, j, begin, end);
+      const int64_t step = in_place ? stride : words_ * kPerWord<T>;
+      if (has_columns_) {
+        transpose(reinterpret_cast<const float*>(rows), step / kPerWord<T>, words_,
+                  columns_.data() + column(j), stride_);
       }
-      if (has_columns_) transpose(staged_.data(), words_, columns_.data() + column(j), stride_);
       for (int64_t r = 0; has_rows_ && r < kTile; r += kPerWord<T>) {
-        pair(staged(r), staged(r + kPerWord<T> - 1), width_, rows_.data() + row(j + r));
+        pair(rows + r * step, rows + (r + kPerWord<T> - 1) * step, width_,
+             rows_.data() + row(j + r));
       }
     }
   }
@@ -139,7 +143,16 @@ class Keys {
   }
 
  private:
-  T* staged(int64_t r) { return reinterpret_cast<T*>(staged_.data() + r * words_); }
+  // A copy of rows first .. first + 16, filled up with zeros.
+  const T* stage(const T* x, int64_t stride, int64_t first, int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < kTile; ++r) {
+      T* const to = reinterpret_cast<T*>(staged_.data() + r * words_);
+      const bool real = first + r >= begin && first + r < end;
+      if (real) std::memcpy(to, x + (first + r) * stride, width_ * sizeof(T));
+      if (!real) std::memset(to, 0, width_ * sizeof(T));
+    }
+    return reinterpret_cast<const T*>(staged_.data());
+  }
   int64_t row(int64_t j) const { return j / kPerWord<T> * width_; }
   int64_t column(int64_t j) const {
     return j / kAttentionKeys * kAttentionKeys * words_ + j % kAttentionKeys;
@@ -167,7 +180,7 @@ struct Seen {
 
 inline Seen seen_by(const Attention& args, const Item& item, int64_t row) {
   const int64_t at = row + item.sk - item.sq;
-  const int64_t first = args.left < 0 ? 0 : std::max<int64_t>(at - args.left, 0);
+  const int64_t first = args.left < 0 ? 0 : std::clamp<int64_t>(at - args.left, 0, item.length);
   const int64_t last = args.right < 0 ? item.length : std::min(at + args.right + 1, item.length);
   return {first, std::max(first, last)};
 }
@@ -175,24 +188,25 @@ inline Seen seen_by(const Attention& args, const Item& item, int64_t row) {
 // All keys that some query of [row, row + rows) sees.
 inline Seen seen_by(const Attention& args, const Item& item, int64_t row, int64_t rows) {
   const Seen top = seen_by(args, item, row), bottom = seen_by(args, item, row + rows - 1);
-  return {std::min(top.first, item.length), std::max(std::min(top.first, item.length), bottom.last)};
+  return {top.first, std::max(top.first, bottom.last)};
 }
 
-// The blocks of one key head's queries: short queries of several heads share one.
+// The blocks of one key head's queries, heads first: short queries of several heads share one.
 class Blocks {
  public:
   Blocks(const Attention& args, const Item& item, int64_t head)
       : args_(args), item_(item), first_head_(head * args.group) {
     heads_ = std::clamp<int64_t>(kRows / std::max<int64_t>(item.sq, 1), 1, args.group);
-    per_head_ = (item.sq + kRows - 1) / kRows;
+    of_rows_ = (args.group + heads_ - 1) / heads_;
   }
-  int64_t count() const { return (args_.group + heads_ - 1) / heads_ * per_head_; }
+  int64_t count() const { return of_rows_ * ((item_.sq + kRows - 1) / kRows); }
+  int64_t of_rows() const { return of_rows_; }  // how many have the same rows of other heads
   Block at(int64_t i) const {
     Block block;
-    const int64_t head = i / per_head_ * heads_;
+    const int64_t head = i % of_rows_ * heads_;
     block.head = first_head_ + head;
     block.heads = std::min(heads_, args_.group - head);
-    block.row = i % per_head_ * kRows;
+    block.row = i / of_rows_ * kRows;
     block.rows = std::min(kRows, item_.sq - block.row);
     const Seen seen = seen_by(args_, item_, block.row, block.rows);
     block.first = seen.first / kTile * kTile;
@@ -203,7 +217,7 @@ class Blocks {
  private:
   const Attention& args_;
   const Item& item_;
-  int64_t first_head_, heads_, per_head_;
+  int64_t first_head_, heads_, of_rows_;
 };
 
 // Rows of queries as A of products, [kRows][stride], filled up with zeros.
@@ -240,7 +254,7 @@ class Queries {
         const int64_t i = (w + r) * kPerWord<T>;
         pair(row(i), row(i + kPerWord<T> - 1), width_, staged + r * width);
       }
-      transpose(staged, width, to + w, words);
+      transpose(staged, width, width, to + w, words);
     }
   }
 

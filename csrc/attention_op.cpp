@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 int64_t parts_of(const AttentionBackward& args) {
   int64_t queries = 1;
   for (int64_t i = 0; i < args.num_items; ++i) {
-    queries = std::max(queries, args.items[i].sq * args.group);
+    queries = std::max(queries, args.items[i].sq * (args.share_heads ? 1 : args.group));
   }
   const int64_t tasks = (args.share_items ? 1 : std::max<int64_t>(args.num_items, 1)) *
                         (args.share_heads ? 1 : args.heads);
@@ -225,7 +225,7 @@ Gradients backward(const Tensor& grad, const Tensor& q, const Tensor& k, const T
   const bool by_query = needs_bias && how.bias->size(2) > 1;
   args.share_items = by_query && how.bias->size(0) == 1 && q.size(0) > 1;
   args.share_heads = by_query && how.bias->size(1) == 1 && q.size(1) > 1;
-  args.parts = parts_of(args);
+  args.parts = lse.numel() > 0 ? parts_of(args) : 1;
   for (const Item& item : items) args.longest = std::max(args.longest, item.length);
   if (needs_bias) {
     const auto f32 = q.options().dtype(at::kFloat);
@@ -245,7 +245,11 @@ Gradients backward(const Tensor& grad, const Tensor& q, const Tensor& k, const T
                         q.options().dtype(at::kFloat));
     args.partial = partial.data_ptr<float>();
   }
-  TILEWISE_BEST(attention_backward)(args);
+  if (lse.numel() > 0) {
+    TILEWISE_BEST(attention_backward)(args);
+  } else {
+    for (const Tensor& none : {to.k, to.v}) none.zero_();
+  }
   if (needs_bias && !by_query) reduce(sums, to.bias);
   if (needs_bias) to.bias = to.bias.to(how.bias->scalar_type());
   return to;

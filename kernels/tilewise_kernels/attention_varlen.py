@@ -16,8 +16,8 @@ Dropout: sequence b drops what attention() of it alone would with the seed `seed
 place in the batch matters, its neighbours do not.
 
 Ways: triton (attention_triton.py), where each program finds its sequence by itself and no length
-reaches the host; torch, blocked and reference: attention's ways of these names, called once for
-each run of sequences of equal lengths.
+reaches the host; native (csrc/attention.cpp), one call too; torch, blocked and reference:
+attention's ways of these names, called once for each run of sequences of equal lengths.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import dropout, lazy_triton
+from . import dropout, lazy_triton, native
 from .attention import OP as ATTENTION
-from .attention import bounds, check_numbers, check_slopes
+from .attention import bounds, check_numbers, check_slopes, native_lacks, native_refuses
 from .checks import (
     fail,
     has_shape,
@@ -148,6 +148,19 @@ def _by_runs(name: str) -> Implementation:
     )
 
 
+# -- native --------------------------------------------------------------------------------------
+
+
+def _native_forward(q: Tensor, *rest: Any) -> Outputs:
+    return native.op("attention_varlen_forward")(q, *rest)
+
+
+def _native_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return native.op("attention_varlen_backward")(grad, q, k, v, lse, *rest[:-1])
+
+
 # -- triton --------------------------------------------------------------------------------------
 
 
@@ -225,6 +238,16 @@ OP = Op(
             missing=lazy_triton.missing,
             refuses=_triton_refuses,
             refuses_backward=lambda grad, q, k, v, *_: _triton_refuses(q, k, v),
+        ),
+        Implementation(
+            "native",
+            _native_forward,
+            _native_backward,
+            devices=("cpu",),
+            missing=native.missing,
+            refuses=native_refuses,
+            slower=native_lacks,
+            refuses_backward=lambda grad, q, *_: native_refuses(q),
         ),
         *(_by_runs(name) for name in ("torch", "blocked", "reference")),
     ],

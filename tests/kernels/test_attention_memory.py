@@ -27,6 +27,8 @@ def growth(length, way, **options):
 def calls(length):
     padded = torch.tensor([length - 100])
     keys = (torch.arange(length) < length - 50)[None, None, None].expand(1, 1, length, length)
+    yield "native, causal", "native", {"causal": True}
+    yield "native, expanded mask, dropout", "native", {"mask": keys, "dropout_p": 0.1}
     yield "torch, causal", "torch", {"causal": True}
     yield "torch, lengths", "torch", {"key_lengths": padded}
     yield "torch, expanded mask", "torch", {"mask": keys}

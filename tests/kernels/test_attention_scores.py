@@ -22,14 +22,16 @@ from tilewise_kernels.errors import KernelUnavailable
 INF = math.inf
 F32 = torch.float32
 DTYPES = (F32, torch.bfloat16, torch.float16)
-WAYS = ("torch", "blocked", "reference")
+WAYS = ("native", "torch", "blocked", "reference")
 Named = dict[str, Tensor]
 
 
-def ways(**options: Any) -> tuple[str, ...]:
+def ways(dtype: torch.dtype = F32, **options: Any) -> list[str]:
     """The ways that can run a call on the CPU."""
-    beyond = options.get("softcap") is not None or options.get("dropout_p")
-    return WAYS[1:] if beyond else WAYS
+    refusing = {"native"} if dtype in (torch.float16, torch.float64) else set()
+    if options.get("softcap") is not None or options.get("dropout_p"):
+        refusing.add("torch")
+    return [way for way in WAYS if way not in refusing]
 
 
 # ---- the formula -------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def agrees(assert_accurate):
         seed = dropout.draw_seed(torch.device("cpu")) if options.get("dropout_p") else None
         exact = run(eager, low, torch.float64, grad, **options, seed=seed)
         plain = run(eager, low, dtype, grad, **options, seed=seed)
-        for way in ways(**options):
+        for way in ways(dtype, **options):
             torch.manual_seed(5)
             with force(way, "attention"):
                 found = run(ours, low, dtype, grad, **options)
@@ -149,7 +151,7 @@ BIASES = [(17, 33), (1, 4, 17, 33), (2, 1, 1, 33), (2, 4, 1, 1), (17, 1), (4, 1,
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", BIASES, ids=str)
 def test_bias_and_its_gradient_have_the_bias_shape(shape, causal, dtype, assert_accurate):
-    """Unforced, and blocked; a bias over keys is beyond the torch way."""
+    """Unforced (native where it can), and blocked; over keys it is beyond the torch way."""
     tensors, grad = qkv((4, 2), (17, 33))
     tensors = {n: t.to(dtype) for n, t in tensors.items()} | {"bias": normal(*shape, seed=4)}
     grad = grad.to(dtype)
@@ -263,7 +265,7 @@ def test_windows_over_several_blocks(options, dtype, agrees):
 
 
 @pytest.mark.parametrize("options", [{"window": (9, 0)}, {"window": (9, None)}], ids=str)
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("way", WAYS[:3])
 def test_keys_outside_every_window_are_not_read(way, options):
     """NaN in them would spread."""
     tensors, grad = qkv((2, 1), (5, 600))
@@ -412,7 +414,7 @@ def test_gradcheck_with_dropout(options):
         torch.manual_seed(3)
         return attention(q, k, v, bias=bias, dropout_p=0.4, **options)
 
-    for way in WAYS[1:]:
+    for way in ways(torch.float64, dropout_p=0.4):
         with force(way):
             assert torch.autograd.gradcheck(call, leaves)
 

@@ -15,7 +15,7 @@ from tilewise_kernels import attention, attention_varlen, explain, force, op
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 
 INF, NAN = math.inf, math.nan
-WAYS = ("torch", "blocked", "reference", "triton")
+WAYS = ("native", "torch", "blocked", "reference", "triton")
 
 
 @pytest.fixture(params=WAYS)

@@ -83,7 +83,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
 # ---- 1. rows with nothing to attend to ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["torch", "blocked", "reference", "triton"])
+@pytest.mark.parametrize("way", ["native", "torch", "blocked", "reference", "triton"])
 @pytest.mark.parametrize("kind", ["padding", "causal", "bool", "item"])
 def test_01_dead_rows_are_zero_and_touch_nobody(way: str, kind: str) -> None:
     q, k, v = qkv(sq=9, sk=5) if kind == "causal" else qkv()
@@ -119,7 +119,7 @@ def test_01_softmax_and_decode_have_dead_rows_too() -> None:
 # ---- 2. what masks mean ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["torch", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["native", "torch", "blocked", "triton"])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 1, 1, 7), (1, 2, 5, 7), (2, 2, 5, 7)])
 def test_02_masks_of_every_shape_bool_and_added(way: str, shape: tuple[int, ...]) -> None:
     q, k, v = qkv()
@@ -135,7 +135,7 @@ def test_02_masks_of_every_shape_bool_and_added(way: str, shape: tuple[int, ...]
             close(attention(q, k, v, mask=mask), explicit(q, k, v, mask=mask))
 
 
-@pytest.mark.parametrize("way", ["", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["", "native", "blocked", "triton"])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 2, 5, 7), (2, 1, 1, 7), (2, 2, 5, 1), (1,)])
 def test_02_bias_gradients_have_the_shape_of_the_bias(way: str, shape: tuple[int, ...]) -> None:
     q, k, v, bias = *qkv(), normal(*shape, seed=5)
@@ -152,7 +152,7 @@ def test_02_bias_gradients_have_the_shape_of_the_bias(way: str, shape: tuple[int
 
 
 @pytest.mark.parametrize("poison", [math.nan, INF])
-@pytest.mark.parametrize("way", ["torch", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["native", "torch", "blocked", "triton"])
 def test_03_padding_may_hold_anything(way: str, poison: float) -> None:
     q, k, v = qkv(sq=7)
     lengths = torch.tensor([4, 6])
@@ -193,7 +193,7 @@ def test_03_stale_cache_and_neighbouring_sequences_do_not_leak() -> None:
 # ---- 4. causal with unequal lengths ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["torch", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["native", "torch", "blocked", "triton"])
 @pytest.mark.parametrize("sq, sk", [(1, 1), (2, 2), (1, 9), (9, 1), (3, 7), (7, 3), (2, 33)])
 def test_04_causal_is_bottom_right(way: str, sq: int, sk: int) -> None:
     tensors = qkv(sq=sq, sk=sk)
@@ -337,7 +337,7 @@ def test_08_layouts_do_not_matter(name: str) -> None:
 # ---- 9. huge, equal and odd scores -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["torch", "blocked", "triton"])
+@pytest.mark.parametrize("way", ["native", "torch", "blocked", "triton"])
 @pytest.mark.parametrize("scale", [1e4, 0.0, -0.5])
 def test_09_huge_equal_and_negated_scores(way: str, scale: float) -> None:
     q, k, v = qkv()
