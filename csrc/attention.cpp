@@ -10,9 +10,9 @@
 // A task is one key head and a part of its queries. It packs the head's keys once; they, the scores
 // and all between the products stay in cache. Backward finds P from the scores' own peak and sum:
 // exp(score - lse) is as coarse as an lse of 1e4 in float32, and sum(P dP) is exact where one key
-// takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products only.
-// The order of every sum is fixed by the shapes: the result is the same bits for any number of
-// threads. NaN behaves as in softmax.cpp.
+// takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products
+// only. The order of every sum is fixed by the shapes: the result is the same bits for any number
+// of threads. NaN behaves as in softmax.cpp.
 
 #include "attention.h"
 
@@ -23,14 +23,20 @@ namespace {
 
 constexpr float kNoGradient = -1e30f;  // rows with a smaller lse have none, as in every other way
 
-// Part `part` of `parts` of a key head's blocks, those of the same rows in one part or not: f(block).
-template <typename F>
-void by_blocks(const Attention& args, const Item& item, int64_t head, int64_t part, int64_t parts,
-               bool rows_in_one, const F& f) {
+// A part of a key head's blocks, and the keys that they see.
+struct Part {
+  Blocks blocks;
+  int64_t begin, end;
+  Seen seen;
+};
+
+// Number `part` of `parts`; with `whole`, blocks of the same rows are in one part.
+Part part_of(const Attention& args, const Item& item, int64_t head, int64_t part, int64_t parts,
+             bool whole) {
   const Blocks blocks(args, item, head);
-  const int64_t unit = rows_in_one ? blocks.of_rows() : 1, count = blocks.count() / unit;
-  const int64_t end = count * (part + 1) / parts * unit;
-  for (int64_t i = count * part / parts * unit; i < end; ++i) f(blocks.at(i));
+  const int64_t unit = whole ? blocks.of_rows() : 1, count = blocks.count() / unit;
+  const int64_t begin = count * part / parts * unit, end = count * (part + 1) / parts * unit;
+  return {blocks, begin, end, blocks.seen(begin, end)};
 }
 
 // Rows of a product: multiples of 8, for each size is a kernel that oneDNN compiles and keeps.
@@ -53,13 +59,13 @@ class Forward {
         out_(kRows * args.value_dim) {}
 
   void run(int64_t task) {
-    const int64_t part = task % parts_, head = task / parts_ % args_.heads;
+    const int64_t head = task / parts_ % args_.heads;
     const Item& item = args_.items[task / parts_ / args_.heads];
-    const Seen seen = seen_by(args_, item, 0, item.sq);
+    const Part part = part_of(args_, item, head, task % parts_, parts_, false);
+    const Seen seen = part.seen;
     keys_.pack(rows_of<T>(args_.k, item, item.k_row, head), args_.k.row, seen.first, seen.last);
     values_.pack(rows_of<T>(args_.v, item, item.k_row, head), args_.v.row, seen.first, seen.last);
-    by_blocks(args_, item, head, part, parts_, false,
-              [&](const Block& block) { attend(item, block); });
+    for (int64_t i = part.begin; i < part.end; ++i) attend(item, part.blocks.at(i));
   }
 
  private:
@@ -71,7 +77,8 @@ class Forward {
     if (block.first == block.last) std::fill(out_.data(), out_.data() + rows * args_.value_dim, 0);
     by_tiles(block.first, block.last, [&](int64_t first, int64_t last) {
       const int64_t count = last - first;
-      keys_.by_columns(queries_.data(), queries_.stride(), rows, first, last, scores_.data(), count);
+      keys_.by_columns(queries_.data(), queries_.stride(), rows, first, last, scores_.data(),
+                       count);
       for (int64_t i = 0; i < block.size(); ++i) {
         soften(item, row_of(args_, item, block, i), i, first, count, first > block.first);
       }
@@ -106,7 +113,7 @@ class Forward {
       keep(args_, item, row, first, count, kept_.data());
       for (int64_t j = 0; j < count; ++j) s[j] *= kept_.data()[j];
     }
-    if constexpr (kPerWord<T> == 2) write_row(s, 1.0f, count, p_row(i, count));
+    if constexpr (kPerWord<T> == 2) round_row(s, count, p_row(i, count));
   }
 
   static float larger_of(float a, float b) { return b > a ? b : a; }
@@ -185,27 +192,35 @@ class Backward {
   void add_parts(int64_t pair) {
     const int64_t size = key_sums(args_, args_.longest);
     float* const sums = args_.partial + pair * args_.parts * size;
-    for (int64_t part = 1; part < args_.parts; ++part) {
-      for (int64_t j = 0; j < size; ++j) sums[j] += sums[part * size + j];
+    const Item& item = args_.items[pair / args_.heads];
+    for (int64_t number = 1; number < args_.parts; ++number) {
+      const Part part = part_of(args_, item, pair % args_.heads, number, args_.parts,
+                                args_.share_heads);
+      by_sums(part.seen, [&](int64_t first, int64_t count) {
+        const float* const from = sums + number * size;
+        for (int64_t j = first; j < first + count; ++j) sums[j] += from[j];
+      });
     }
-    finish(args_.items[pair / args_.heads], pair % args_.heads, sums);
+    finish(item, pair % args_.heads, sums);
   }
 
  private:
-  void run(int64_t number, int64_t head, int64_t part) {
+  void run(int64_t number, int64_t head, int64_t which) {
     const Item& item = args_.items[number];
-    const Seen seen = seen_by(args_, item, 0, item.sq);
+    const Part part = part_of(args_, item, head, which, args_.parts, args_.share_heads);
+    const Seen seen = part.seen;
     keys_.pack(rows_of<T>(args_.k, item, item.k_row, head), args_.k.row, seen.first, seen.last);
     values_.pack(rows_of<T>(args_.v, item, item.k_row, head), args_.v.row, seen.first, seen.last);
     const int64_t size = key_sums(args_, args_.longest);
     float* sums = sums_.data();
     if (args_.partial != nullptr) {
-      sums = args_.partial + ((number * args_.heads + head) * args_.parts + part) * size;
+      sums = args_.partial + ((number * args_.heads + head) * args_.parts + which) * size;
     }
-    std::memset(sums, 0, size * sizeof(float));
-    part_ = part;
-    by_blocks(args_, item, head, part, args_.parts, args_.share_heads,
-              [&](const Block& block) { differentiate(item, block, sums); });
+    by_sums(which == 0 ? Seen{0, args_.longest} : seen, [&](int64_t first, int64_t count) {
+      std::fill_n(sums + first, count, 0.0f);
+    });
+    part_ = which;
+    for (int64_t i = part.begin; i < part.end; ++i) differentiate(item, part.blocks.at(i), sums);
     if (args_.partial == nullptr) finish(item, head, sums);
   }
 
@@ -227,7 +242,14 @@ class Backward {
         std::fill_n(scores_.data() + i * stride_, count, 0.0f);
         std::fill_n(dscores_.data() + i * stride_, count, 0.0f);
       }
-      if (kPerWord<T> == 2 && i % 2 == 1) round_two(i - 1, count);
+    }
+    if constexpr (kPerWord<T> == 2) {
+      for (int64_t i = 0; i < rows; i += 2) {
+        const float *p = scores_.data() + i * stride_, *ds = dscores_.data() + i * stride_;
+        T* const ds_rows = reinterpret_cast<T*>(ds_rows_.data()) + i * stride_;
+        round_two(p, p + stride_, count, p_words_.data() + i / 2 * stride_, nullptr, 0);
+        round_two(ds, ds + stride_, count, ds_words_.data() + i / 2 * stride_, ds_rows, stride_);
+      }
     }
     const bool half = kPerWord<T> == 2;
     const T* const ds = reinterpret_cast<const T*>(half ? ds_rows_.data() : dscores_.data());
@@ -290,8 +312,9 @@ class Backward {
   }
 
   void add_bias(const Item& item, const Row& row, int64_t first, int64_t count, const float* ds) {
-    float* const to = args_.dbias + item.batch * args_.dbias_batch + row.head * args_.dbias_head +
-                      part_ * args_.dbias_part + row.row * args_.dbias_row + first * args_.dbias_key;
+    float* const to = args_.dbias + item.batch * args_.dbias_batch +
+                      row.head * args_.dbias_head + part_ * args_.dbias_part +
+                      row.row * args_.dbias_row + first * args_.dbias_key;
     if (args_.dbias_key != 0) {
       for (int64_t j = 0; j < count; ++j) to[j] += ds[j];
     } else {
@@ -299,18 +322,6 @@ class Backward {
       for (int64_t j = 0; j < count; ++j) sum += ds[j];
       *to += sum;
     }
-  }
-
-  // Rows i and i + 1 of P and dS as operands in bfloat16.
-  void round_two(int64_t i, int64_t count) {
-    T* const ds = reinterpret_cast<T*>(ds_rows_.data()) + i * stride_;
-    T* const p = reinterpret_cast<T*>(kept_.data());  // kept_ is not needed any more
-    for (int64_t r = 0; r < 2; ++r) {
-      write_row(scores_.data() + (i + r) * stride_, 1.0f, count, p + r * stride_);
-      write_row(dscores_.data() + (i + r) * stride_, 1.0f, count, ds + r * stride_);
-    }
-    pair(p, p + stride_, count, p_words_.data() + i / 2 * stride_);
-    pair(ds, ds + stride_, count, ds_words_.data() + i / 2 * stride_);
   }
 
   // sums [tile][width][keys of the tile] += a [width][kRows] times rows of keys.
@@ -321,6 +332,17 @@ class Backward {
       multiply(width, last - first, filled(rows, kPerWord<T>), reinterpret_cast<const T*>(a), kRows,
                b + first - block.first, stride_, sums + tile_of(first, width), per_tile, true);
     });
+  }
+
+  // The floats of the sums, in whole tiles, that belong to keys that are seen: f(first, count).
+  template <typename F>
+  void by_sums(const Seen& seen, const F& f) const {
+    const int64_t first = seen.first / kAttentionKeys * kAttentionKeys;
+    const int64_t last = std::min(filled(seen.last, kAttentionKeys), room_);
+    if (seen.first >= seen.last) return;
+    const int64_t d = filled(args_.head_dim), dv = filled(args_.value_dim);
+    f(first * d, (last - first) * d);
+    f(room_ * d + first * dv, (last - first) * dv);
   }
 
   static int64_t tile_of(int64_t key, int64_t width) {

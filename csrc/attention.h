@@ -1,8 +1,9 @@
 // Attention, forward and backward, on the CPU: what the kernels are given.
 //
 // Legend: an item is one sequence of a batch, or of a packed tensor: Sq queries, Sk keys of which
-// `length` are real. Hq = group * Hkv query heads; D numbers a query or key, Dv a value. The numbers
-// of a row lie together; strides are in elements. Masks, bounds and dropout as in attention.py.
+// `length` are real. Hq = group * Hkv query heads; D numbers a query or key, Dv a value. The
+// numbers of a row lie together; strides are in elements. Masks, bounds and dropout as in
+// attention.py.
 #pragma once
 
 #include <cstdint>

@@ -201,6 +201,15 @@ class Blocks {
   }
   int64_t count() const { return of_rows_ * ((item_.sq + kRows - 1) / kRows); }
   int64_t of_rows() const { return of_rows_; }  // how many have the same rows of other heads
+
+  // The keys that blocks [begin, end) see.
+  Seen seen(int64_t begin, int64_t end) const {
+    if (begin >= end) return {0, 0};
+    const int64_t first = begin / of_rows_ * kRows;
+    const int64_t last = std::min(((end - 1) / of_rows_ + 1) * kRows, item_.sq);
+    return seen_by(args_, item_, first, last - first);
+  }
+
   Block at(int64_t i) const {
     Block block;
     const int64_t head = i % of_rows_ * heads_;
@@ -270,6 +279,49 @@ void write_row(const float* from, float factor, int64_t width, T* to) {
   for (; j + kWidth <= width; j += kWidth) write(to + j, Vec::loadu(from + j) * Vec(factor));
   if (j < width) write(to + j, Vec::loadu(from + j, width - j) * Vec(factor), width - j);
 }
+
+// Two rows of numbers as words of two bfloat16, and as rows where `rows` is not null.
+#ifdef CPU_CAPABILITY_AVX512  // a CPU for whose bfloat16 attention runs has these instructions
+__attribute__((target("avx512bf16"))) inline void round_two(const float* a, const float* b,
+                                                            int64_t count, float* words,
+                                                            c10::BFloat16* rows, int64_t stride) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j));
+    const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j));
+    if (rows != nullptr) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + j), low);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + stride + j), high);
+    }
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+    _mm512_storeu_si512(words + j, _mm512_or_si512(_mm512_cvtepu16_epi32(low), upper));
+  }
+}
+
+__attribute__((target("avx512bf16"))) inline void round_row(const float* from, int64_t count,
+                                                            c10::BFloat16* to) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + j));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), half);
+  }
+}
+#else
+inline void round_row(const float* from, int64_t count, c10::BFloat16* to) {
+  write_row(from, 1.0f, count, to);
+}
+
+inline void round_two(const float* a, const float* b, int64_t count, float* words,
+                      c10::BFloat16* rows, int64_t stride) {
+  c10::BFloat16 two[2][kTile];
+  for (int64_t j = 0; j < count; j += kTile) {
+    round_row(a + j, kTile, two[0]);
+    round_row(b + j, kTile, two[1]);
+    pair(two[0], two[1], kTile, words + j);
+    for (int64_t r = 0; rows != nullptr && r < 2; ++r) {
+      std::copy_n(two[r], kTile, rows + r * stride + j);
+    }
+  }
+}
+#endif
 
 // ---- the scores of a row ----------------------------------------------------------------------
 

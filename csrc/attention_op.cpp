@@ -155,7 +155,7 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
 }
 
 void check(const Tensor& q) {
-  TORCH_CHECK_VALUE(attention_runs(q.scalar_type()), "attention: torch has no products of tiles of ",
+  TORCH_CHECK_VALUE(attention_runs(q.scalar_type()), "attention: torch multiplies no tiles of ",
                     q.scalar_type(), " on this CPU.");
 }
 
