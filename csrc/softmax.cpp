@@ -58,7 +58,7 @@ struct NoMask {};
 
 // Returns what the columns past the causal diagonal hold: 0, or NaN in a row of NaN.
 template <typename M, typename T, typename A>
-T forward_row(const T* x, const A* mask, int64_t columns, A scale, A* z, T* y, A* lse) {
+T forward_row(const T* x, const A* mask, int64_t columns, A scale, A* z, T* y) {
   using Vec = Vectorized<A>;
   constexpr int64_t lanes = kLanes<A>;
   const Vec lowest(-std::numeric_limits<A>::infinity());
@@ -96,7 +96,6 @@ T forward_row(const T* x, const A* mask, int64_t columns, A scale, A* z, T* y, A
     sums = sums + e;
   }
   const A sum = reduce(sums, [](const Vec& a, const Vec& b) { return a + b; });
-  if (lse != nullptr) *lse = highest + std::log(sum);
   const A factor = sum == 0 ? A(0) : 1 / sum;
   const Vec inverse(factor);
   for (int64_t j = 0; j < whole; j += lanes) write(y + j, Vec::loadu(z + j) * inverse);
@@ -110,7 +109,6 @@ void forward(const SoftmaxForward& args) {
   const int64_t columns = args.columns;
   const T* const x = static_cast<const T*>(args.x);
   T* const y = static_cast<T*>(args.y);
-  A* const lse = static_cast<A*>(args.lse);
 
   at::parallel_for(0, args.num_rows, kGrain / columns + 1, [&](int64_t begin, int64_t end) {
     RowBuffer<A> z(columns), mask_row(columns);
@@ -129,8 +127,7 @@ void forward(const SoftmaxForward& args) {
       const T* x_row =
           unit_stride(x + at.operand[0], args.x_column_stride, active, gathered.data());
       T* const y_row = y + row * columns;
-      const T past = forward_row<M>(x_row, mask_row.data(), active, A(args.scale), z.data(), y_row,
-                                    lse == nullptr ? nullptr : lse + row);
+      const T past = forward_row<M>(x_row, mask_row.data(), active, A(args.scale), z.data(), y_row);
       std::fill(y_row + active, y_row + columns, past);
     }
   });

@@ -47,13 +47,11 @@ static inline TILEWISE_HOST_DEVICE RowOffset offset_of(const Rows& rows, int64_t
   return offset;
 }
 
-// y = softmax(scale * x + mask); y is contiguous, and may be x where that is contiguous too. Rows
-// walks x (0) and mask (1). lse: of each row, in the type sums are kept in, or null (CPU alone).
+// y = softmax(scale * x + mask); y is contiguous. Rows walks x (0) and mask (1).
 struct SoftmaxForward {
   const void* x;
   const void* mask;
   void* y;
-  void* lse;
   Float dtype;
   Mask mask_kind;
   int64_t num_rows, columns, queries;

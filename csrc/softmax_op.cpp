@@ -4,10 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <optional>
 
 #include "capability.h"
@@ -117,19 +115,6 @@ Tensor softmax_forward_cpu(const Tensor& x, const std::optional<Tensor>& mask, d
   return y;
 }
 
-// x becomes its softmax; returns the log-sum-exp of its rows, -inf where nothing is attended to.
-Tensor softmax_inplace_cpu(Tensor x, const std::optional<Tensor>& mask, double scale, bool causal) {
-  check_forward(x, mask);
-  TORCH_CHECK_VALUE(x.is_contiguous(), "softmax in place: x must be contiguous");
-  const Tensor lse = at::full(x.sizes().slice(0, x.dim() - 1),
-                              -std::numeric_limits<double>::infinity(), x.options().dtype(wide_of(x)));
-  if (x.numel() == 0) return lse;
-  SoftmaxForward args = forward_args(x, mask, x, scale, causal);
-  args.lse = lse.mutable_data_ptr();
-  TILEWISE_BEST(softmax_forward)(args);
-  return lse;
-}
-
 Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& y, double scale) {
   check_backward(grad, y);
   const Tensor dx = at::empty(y.sizes(), y.options());
@@ -181,13 +166,11 @@ Tensor softmax_backward_cuda(const Tensor& grad, const Tensor& y, double scale) 
 
 TORCH_LIBRARY_FRAGMENT(tilewise_native, m) {
   m.def("softmax_forward(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
-  m.def("softmax_(Tensor(a!) x, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor y, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tilewise_native, CPU, m) {
   m.impl("softmax_forward", softmax_forward_cpu);
-  m.impl("softmax_", softmax_inplace_cpu);
   m.impl("softmax_backward", softmax_backward_cpu);
 }
 

@@ -18,9 +18,10 @@ key head h // G; mask and bias 4-D, broadcasting to [B, Hq, Sq, Sk]; key_lengths
 alibi_slopes [Hq]; out [B, Hq, Sq, Dv], laid out in memory as q by torch's kernel, [B, Hq, Sq, Dv]
 by Triton's, [B, Sq, Hq, Dv] by the others; lse [B, Hq, Sq].
 
-Ways: triton (attention_triton.py) on CUDA; torch (attention_cpu.py): the CPU flash kernel inside
-torch, on pieces that it can express; blocked (attention_blocked.py): plain torch over blocks of
-queries, for everything else; reference: the same with the whole score matrix.
+Ways: triton (attention_triton.py) on CUDA; native (csrc/attention.cpp) on the CPU, float32 and
+bfloat16; torch (attention_cpu.py): the CPU flash kernel inside torch, on pieces that it can
+express; blocked (attention_blocked.py): plain torch over blocks of queries, for everything else;
+reference: the same with the whole score matrix.
 """
 
 import math
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import attention_cpu, dropout, lazy_triton, native
-from .attention_blocked import Scoring, blocked, blocked_backward, multiplies_half, reference
+from .attention_blocked import Scoring, blocked, blocked_backward, reference
 from .checks import (
     broadcasts,
     fail,
@@ -126,15 +127,6 @@ def _native_backward(
     return native.op("attention_backward")(grad, q, k, v, lse, *scoring, needs[3])
 
 
-# -- torch ---------------------------------------------------------------------------------------
-
-
-def _torch_slower(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
-    if multiplies_half(q):
-        return "it multiplies float32: half products are faster here"
-    return attention_cpu.lacks(q, k, v, *scoring)
-
-
 # -- the op --------------------------------------------------------------------------------------
 
 
@@ -190,7 +182,9 @@ OP = Op(
             missing=native.missing,
             refuses=native_refuses,
             slower=_native_slower,
-            refuses_backward=lambda grad, q, *_: native_refuses(q),
+            refuses_backward=lambda grad, q, k, v, out, lse, *rest: (
+                _native_slower(q, k, v, *rest[:-1]) or native_refuses(q)
+            ),
         ),
         Implementation(
             "torch",
@@ -198,9 +192,9 @@ OP = Op(
             attention_cpu.backward,
             devices=("cpu",),
             refuses=attention_cpu.refuses,
-            slower=_torch_slower,
-            refuses_backward=lambda grad, q, k, v, out, lse, *rest: (
-                _torch_slower(q, k, v, *rest[:-1]) or attention_cpu.refuses(q, k, v, *rest[:-1])
+            slower=attention_cpu.lacks,
+            refuses_backward=lambda grad, q, k, v, out, lse, *rest: attention_cpu.refuses(
+                q, k, v, *rest[:-1]
             ),
         ),
         Implementation("blocked", blocked, blocked_backward),

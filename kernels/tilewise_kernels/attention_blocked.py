@@ -5,21 +5,18 @@
 
 with i' = i + Sk - Sq the key position of query i. Memory: out, lse and one block of scores: at most
 BLOCK_ROWS rows, on a CPU of as few heads as fill its cache. A block reads only the keys that
-causality, window and key_lengths leave to its rows. Products and softmax are of float32 (float64);
-of bfloat16 on a CPU that multiplies it: P and dS are then rounded to it as in eager torch, scores
-once instead of at each step, and the native softmax adds all masks in one pass. Sums are float32.
+causality, window and key_lengths leave to its rows. Products and softmax are of float32 (float64).
 
 Shapes as in attention.py; below, [b, h, rows, keys] are the sizes of a block of scores.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dropout, native
+from . import dropout
 from .op import accumulator
 
 BLOCK_ROWS = 128  # rows of scores that are held at a time
@@ -116,30 +113,9 @@ def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
     return x.unflatten(1, (key_heads, -1)).flatten(2, 3)
 
 
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU does, and the softmax for it is built."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return fast and torch.backends.mkldnn.is_available() and native.missing() is None
-
-
-def multiplies_half(q: Tensor) -> bool:
-    """Whether products are of q's own half dtype."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and _multiplies_bfloat16()
-
-
-def _is_half(scores: Tensor) -> bool:
-    return scores.dtype == torch.bfloat16
-
-
 def _products(q: Tensor, k: Tensor, how: Scoring) -> Tensor:
-    """scale q k^T, capped, of a block's queries and keys; q k^T alone if half and not capped."""
-    if _is_half(k):
-        scores = _by_key_head(q, k.shape[1]) @ k.mT
-        if how.softcap:
-            scores = scores.float().mul_(how.scale)
-    else:
-        scores = _by_key_head(q * how.scale, k.shape[1]) @ k.mT
+    """scale q k^T, capped, of a block's queries and keys."""
+    scores = _by_key_head(q * how.scale, k.shape[1]) @ k.mT
     if how.softcap:
         scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
     return scores.view(*q.shape[:3], k.shape[2])
@@ -167,36 +143,6 @@ def _hide(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor:
     return scores
 
 
-def _term(scores: Tensor, how: Scoring, at: Block, shift: int) -> Tensor | None:
-    """All that _hide does to a block's scores, as one mask that broadcasts to them."""
-    terms = [at.of(t) for t in (how.mask, how.bias) if t is not None]
-    batch, heads, rows, keys = scores.shape
-    shapes = [t.shape for t in terms]
-    if how.alibi_slopes is not None:
-        shapes.append(torch.Size((1, heads, rows, keys)))
-    if how.left >= 0 or how.right >= 0:
-        shapes.append(torch.Size((1, 1, rows, keys)))
-    if how.key_lengths is not None:
-        shapes.append(torch.Size((batch, 1, 1, keys)))
-    native_dtypes = (torch.bool, torch.float32, scores.dtype)
-    if len(terms) == len(shapes) == 1 and terms[0].dtype in native_dtypes:
-        return terms[0]
-    if not shapes:
-        return None
-    shape = (*torch.broadcast_shapes(*shapes)[:3], keys)
-    return _hide(torch.zeros(shape, device=scores.device), how, at, shift)
-
-
-def _native_softmax(scores: Tensor, how: Scoring, at: Block, shift: int) -> tuple[Tensor, Tensor]:
-    """(P in bfloat16, lse) of what _products made of bfloat16; P is 0 in rows with no key."""
-    causal = how.right >= 0 and at.keys.stop == at.rows.stop + shift + how.right
-    if causal:
-        how = how._replace(right=-1)
-    scale = 1.0 if how.softcap else how.scale
-    lse = native.op("softmax_")(scores, _term(scores, how, at, shift), scale, causal)
-    return scores.to(torch.bfloat16), lse
-
-
 def _kept(how: Scoring, at: Block, q: Tensor) -> Tensor:
     """Dropout's bool mask for a block: [b, h, rows, keys]."""
     assert how.seed is not None
@@ -215,20 +161,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: Scoring, at: Block) -> tuple[T
         lse = rows.new_full(rows.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
         return rows.new_zeros(*lse.shape, v.shape[3]), lse
     scores, shift = _products(rows, keys, how), k.shape[2] - q.shape[2]
-    if _is_half(k):
-        p, lse = _native_softmax(scores, how, at, shift)
-    else:
-        peak = _hide(scores, how, at, shift).amax(-1)
-        # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
-        p = torch.softmax(scores, -1)
-        lse = peak - torch.log(p.amax(-1))  # at the peak P is 1 / sum(exp(scores - peak))
+    peak = _hide(scores, how, at, shift).amax(-1)
+    # Not exp(scores - lse): float32 rounds an lse of 1e4 to 1e-3, and P with it.
+    p = torch.softmax(scores, -1)
+    lse = peak - torch.log(p.amax(-1))  # at the peak P is 1 / sum(exp(scores - peak))
     if how.dropout_p:
         p *= _kept(how, at, q)
     out = (_by_key_head(p, keys.shape[1]) @ v[at.context]).view(*lse.shape, v.shape[3])
     if how.dropout_p:
         out *= dropout.scale(how.dropout_p)
-    if _is_half(k):
-        return out, lse
     dead = peak == -torch.inf
     return out.masked_fill_(dead[..., None], 0), lse.masked_fill_(dead, -torch.inf)
 
@@ -236,10 +177,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: Scoring, at: Block) -> tuple[T
 def _operands(k: Tensor, v: Tensor, how: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """k and v with their padding zeroed, in the dtype of the products."""
     return zero_padding(k, how.key_lengths).to(dtype), zero_padding(v, how.key_lengths).to(dtype)
-
-
-def _product_dtype(q: Tensor) -> torch.dtype:
-    return q.dtype if multiplies_half(q) else accumulator(q.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
@@ -290,7 +227,7 @@ def cuts(length: int, size: int) -> Iterator[slice]:
 def blocked(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> tuple[Tensor, Tensor]:
     """The definition, a block of scores at a time: memory linear in length."""
     how = Scoring(*scoring).settled(q.shape[2], k.shape[2])
-    k, v = _operands(k, v, how, _product_dtype(q))
+    k, v = _operands(k, v, how, accumulator(q.dtype))
     out = empty_output(q, v.shape[3])
     lse = v.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
     for at in _blocks(q, k, how):
@@ -309,11 +246,9 @@ def blocked_backward(
     *scoring, needs = rest
     sq, sk = q.shape[2], k.shape[2]
     how = Scoring(*scoring).settled(sq, sk)
-    k0, v0 = _operands(k, v, how, _product_dtype(q))
+    k0, v0 = _operands(k, v, how, accumulator(q.dtype))
     wide = accumulator(q.dtype)
-    # Without a sum over blocks of queries the products' dtype holds all there is.
-    summed = wide if sq > _block_rows(q, k0, how) else k0.dtype
-    dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(t, dtype=summed) for t in (k, v))
+    dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(t, dtype=wide) for t in (k, v))
     dbias = None if how.bias is None else how.bias.new_zeros(how.bias.shape, dtype=wide)
     dead = lse < NO_GRADIENT
     some_dead = not q.is_cpu or bool(dead.any())  # a GPU would have to wait for the answer
@@ -323,10 +258,7 @@ def blocked_backward(
             continue
         scores = _products(rows, keys, how)
         slope = 1 - (scores / how.softcap).square_() if how.softcap else None
-        if _is_half(k0):
-            p, _ = _native_softmax(scores, how, at, sk - sq)
-        else:
-            p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
+        p = torch.softmax(_hide(scores, how, at, sk - sq), -1)
         if some_dead:
             p.masked_fill_(dead[at.queries][..., None], 0)
         g = _by_key_head(grad[at.queries].to(k0.dtype), keys.shape[1])
