@@ -184,8 +184,8 @@ int64_t parts_of(const AttentionBackward& args) {
   }
   const int64_t tasks = (args.share_items ? 1 : std::max<int64_t>(args.num_items, 1)) *
                         (args.share_heads ? 1 : args.heads);
-  const bool shared = args.share_items || args.share_heads;
-  return std::clamp<int64_t>((shared ? 8 : 32) / tasks, 1, (queries + 255) / 256);
+  // Each part has sums of all keys: memory, and work that is lost on fewer than 256 queries.
+  return std::clamp<int64_t>(32 / tasks, 1, std::min<int64_t>(8, (queries + 255) / 256));
 }
 
 // What parts of heads and items added up to, in order: sums [B, Hq, parts, keys] into dbias, whose

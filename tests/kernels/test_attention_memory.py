@@ -27,8 +27,6 @@ def growth(length, way, **options):
 def calls(length):
     padded = torch.tensor([length - 100])
     keys = (torch.arange(length) < length - 50)[None, None, None].expand(1, 1, length, length)
-    yield "native, causal", "native", {"causal": True}
-    yield "native, expanded mask, dropout", "native", {"mask": keys, "dropout_p": 0.1}
     yield "torch, causal", "torch", {"causal": True}
     yield "torch, lengths", "torch", {"key_lengths": padded}
     yield "torch, expanded mask", "torch", {"mask": keys}
@@ -38,6 +36,8 @@ def calls(length):
     yield "torch, ALiBi, mask", "torch", {"alibi_slopes": slopes, "mask": keys}
     yield "torch, window, two terms", "torch", {"window": (300, 20), "mask": keys, "bias": every}
     yield "blocked, softcap, dropout", "blocked", {"softcap": 9.0, "dropout_p": 0.1}
+    yield "native, causal", "native", {"causal": True}
+    yield "native, expanded mask, dropout", "native", {"mask": keys, "dropout_p": 0.1}
 
 def all_of(length):
     return {name: growth(length, way, **options) for name, way, options in calls(length)}
