@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import scoring
-from .checkpoints import check_weights, copy_weights, open_weights, read_config, write_folder
+from .checkpoints import (
+    TensorInfo,
+    check_weights,
+    copy_weights,
+    open_weights,
+    read_config,
+    write_folder,
+)
 from .config import ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, TokenizerError
 from .families import family_of, tensors_to
@@ -226,6 +233,18 @@ def load(
         )
     defaults = _generation_defaults(folder, raw, config.vocab_size)
     return Model(network.to(place), tokenizer, raw, defaults).eval()
+
+
+def inspect(
+    source: str | os.PathLike[str],
+) -> tuple[ModelConfig, Mapping[str, TensorInfo]]:
+    """A checkpoint's configuration and what its files say of each tensor, without reading any.
+
+    source: as of `load`, whose errors it raises for folders that cannot be read.
+    """
+    folder = _folder(source)
+    raw, weights = read_config(folder), open_weights(folder)
+    return family_of(raw).config_from(raw, set(weights.tensors)), weights.tensors
 
 
 class _Uninitialised(TorchFunctionMode):

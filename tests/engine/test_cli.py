@@ -78,7 +78,10 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- help and usage ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["generate"], ["translate"]])
+COMMANDS = ("info", "bench", "generate", "translate", "score", "embed", "fill-mask", "convert")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_does_not_import_torch(command: list[str]) -> None:
     """That is what keeps it under a second: torch alone takes longer than that."""
     code = f"""

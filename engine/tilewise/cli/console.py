@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -84,7 +84,7 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=not readable, allow_nan=False, indent=2))
 
 
-def progress(items: Iterable[Any], total: int, unit: str) -> Any:
+def progress(items: Iterable[Any], total: int | None, unit: str) -> Any:
     """The items, with a progress bar on stderr when that is a terminal."""
     from tqdm import tqdm
 
@@ -114,6 +114,52 @@ def read_texts(arguments: Sequence[str], file: str | None) -> list[str]:
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def read_records(
+    arguments: Sequence[str], file: str | None, fields: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """{"text": ...} of each argument, line of a file, or line of stdin ("-"), one at a time.
+
+    Lines of a .jsonl file, and lines of stdin that start with a brace, are JSON objects with a
+    "text" and no other than the named fields, all strings. Blank lines are left out. Raises
+    UsageError when there is no or more than one source, ClickException naming the line that is
+    neither.
+    """
+    if arguments and file is not None:
+        raise click.UsageError("give texts or --file, not both")
+    if not arguments and file is None and sys.stdin.isatty():
+        raise click.UsageError("give texts, --file FILE, or lines on standard input")
+    if arguments:
+        return ({"text": text} for text in arguments)
+    return _records("-" if file is None else file, fields)
+
+
+def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:
+    with click.open_file(name, "rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise click.ClickException(f"line {number} of {name} is not UTF-8 text") from error
+            is_json = name.endswith(".jsonl") or (name == "-" and line.startswith("{"))
+            if line.strip():
+                yield (
+                    _record(line, f"line {number} of {name}", fields) if is_json else {"text": line}
+                )
+
+
+def _record(line: str, where: str, fields: Sequence[str]) -> dict[str, str]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise click.ClickException(f"{where} is not JSON: {error}") from error
+    known = isinstance(found, dict) and "text" in found and found.keys() <= set(fields)
+    if not known or not all(isinstance(value, str) for value in found.values()):
+        raise click.ClickException(
+            f'{where} must be an object with a "text" and at most {", ".join(fields)}, all strings'
+        )
+    return found
 
 
 def usable_device(name: str | None) -> str:

@@ -1,5 +1,6 @@
 """tilewise info: what is installed, what the machine can do, which implementation each op uses."""
 
+import math
 import platform
 import warnings
 from typing import Any
@@ -124,10 +125,37 @@ def _op_lines(told: list[dict[str, Any]]) -> list[str]:
     return [answer + " ".join(dtypes) + why for (answer, why), dtypes in shared.items()]
 
 
+def describe(source: str) -> dict[str, Any]:
+    """What a checkpoint is: family, configuration, parameters by dtype; weights are not read."""
+    from ..pretrained import inspect
+
+    config, tensors = inspect(source)
+    counts: dict[str, int] = {}
+    for found in tensors.values():
+        name = str(found.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + math.prod(found.shape)
+    return {"model": source, "config": config.to_dict(), "tensors": len(tensors),
+            "stored": counts}  # fmt: skip
+
+
 @click.command(cls=Command)
+@click.argument("model", required=False, metavar="[MODEL]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def info(as_json: bool) -> None:
-    """Versions, the machine, and which implementation each op uses."""
+def info(model: str | None, as_json: bool) -> None:
+    """Versions, the machine, and which implementation each op uses; or what MODEL is.
+
+    MODEL is a checkpoint folder or a Hugging Face hub id.
+    """
+    if model is not None:
+        told = describe(model)
+        if as_json:
+            print_json(told)
+            return
+        stored = ", ".join(f"{count:,} {dtype}" for dtype, count in told["stored"].items())
+        click.echo(f"{model}: {told['tensors']} tensors, {stored} values")
+        for name, value in told["config"].items():
+            click.echo(f"  {name:<26} {value}")
+        return
     from tilewise_kernels import native
 
     found = gpus()

@@ -1,0 +1,184 @@
+"""tilewise score, embed and fill-mask: what a model makes of texts, one JSON object a line."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import Command, progress, read_records
+from .generate import DTYPES, open_model
+
+if TYPE_CHECKING:
+    from ..pretrained import Model
+
+Record = dict[str, str]
+
+SHARED_OPTIONS = (
+    click.argument("texts", nargs=-1),
+    click.option("--model", required=True, metavar="FOLDER|ID",
+                 help="A checkpoint folder, or a Hugging Face hub id."),
+    click.option("--file", type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+                 help="Read from here, a text a line, or JSON objects (.jsonl); - is stdin."),
+    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+    click.option("--device", metavar="cpu|cuda|cuda:N", help="The GPU when there is one."),
+    click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True,
+                 help="Tokens that run together, padding included."),
+)  # fmt: skip
+TOGETHER = 512  # lines that are read, sorted by length and answered at a time
+
+
+def shared_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add SHARED_OPTIONS to a command."""
+    for option in reversed(SHARED_OPTIONS):
+        function = option(function)
+    return function
+
+
+def print_answers(
+    records: Iterable[Record], answer: Callable[[list[Record]], Iterable[dict[str, Any]]]
+) -> None:
+    """One line of JSON per record, in order, as the answers come; any number of records."""
+    for found in progress(_answers(iter(records), answer), None, "text"):
+        click.echo(json.dumps(found, ensure_ascii=True, allow_nan=False))
+
+
+def _answers(
+    records: Iterator[Record], answer: Callable[[list[Record]], Iterable[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    while batch := list(islice(records, TOGETHER)):
+        yield from answer(batch)
+
+
+@click.command(cls=Command)
+@shared_options
+@click.option("--context", help="Score each text behind this one, or as its translation.")
+@click.option("--tokens", is_flag=True, help="Also every token's id and log-probability.")
+@click.option("--stride", type=click.IntRange(1),
+              help="Tokens between the windows over a text longer than the model.")  # fmt: skip
+def score(
+    texts: tuple[str, ...],
+    model: str,
+    file: str | None,
+    dtype: str,
+    device: str | None,
+    batch_tokens: int,
+    context: str | None,
+    tokens: bool,
+    stride: int | None,
+) -> None:
+    """Log-probabilities [nats] of TEXTS.
+
+    Prints {"text", "log_prob", "tokens", "perplexity"} for each, and all texts' perplexity on
+    stderr. JSON lines may carry a "context" of their own. Without TEXTS or --file, standard input
+    is read.
+    """
+    from ..scoring import Score, perplexity
+
+    given = read_records(texts, file, ("text", "context"))
+    opened = open_model(model, device, dtype)
+    every: list[Score] = []
+
+    def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
+        contexts = [record.get("context", context or "") for record in batch]
+        found = opened.score(
+            [record["text"] for record in batch],
+            contexts if any(contexts) or _is_seq2seq(opened) else None,
+            batch_tokens=batch_tokens,
+            stride=stride,
+        )
+        for record, each in zip(batch, found, strict=True):
+            every.append(Score([], each.log_probs))
+            line = record | {"log_prob": each.total, "tokens": len(each.tokens)}
+            line["perplexity"] = each.perplexity
+            if tokens:
+                line |= {"ids": each.tokens, "token_log_probs": each.log_probs}  # type: ignore[dict-item]
+            yield line
+
+    print_answers(given, answer)
+    if any(each.log_probs for each in every):
+        click.echo(f"perplexity {perplexity(every):.4f} of {len(every)} texts", err=True)
+
+
+@click.command(cls=Command)
+@shared_options
+@click.option("--pooling", type=click.Choice(["mean", "cls", "last"]), default="mean",
+              show_default=True, help="Which tokens' states make the vector.")  # fmt: skip
+@click.option("--normalize/--no-normalize", default=True, help="Vectors of length 1.")
+def embed(
+    texts: tuple[str, ...],
+    model: str,
+    file: str | None,
+    dtype: str,
+    device: str | None,
+    batch_tokens: int,
+    pooling: str,
+    normalize: bool,
+) -> None:
+    """One vector for each of TEXTS.
+
+    Prints {"text", "embedding"} for each. Without TEXTS or --file, standard input is read.
+    """
+    given = read_records(texts, file, ("text",))
+    opened = open_model(model, device, dtype)
+
+    def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
+        vectors = opened.embed(
+            [record["text"] for record in batch],
+            pooling=pooling,
+            normalize=normalize,
+            batch_tokens=batch_tokens,
+        )
+        for record, vector in zip(batch, vectors.tolist(), strict=True):
+            yield record | {"embedding": vector}
+
+    print_answers(given, answer)
+
+
+@click.command(cls=Command, name="fill-mask")
+@shared_options
+@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True,
+              help="Candidates for each mask.")  # fmt: skip
+def fill_mask(
+    texts: tuple[str, ...],
+    model: str,
+    file: str | None,
+    dtype: str,
+    device: str | None,
+    batch_tokens: int,
+    top_k: int,
+) -> None:
+    """The likeliest words behind the mask tokens ([MASK] or <mask>) in TEXTS.
+
+    Prints {"text", "masks"} for each, with a list of {"token", "id", "probability"} for each mask.
+    Without TEXTS or --file, standard input is read.
+    """
+    import math
+
+    given = read_records(texts, file, ("text",))
+    opened = open_model(model, device, dtype)
+
+    def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
+        found = opened.fill_mask(
+            [record["text"] for record in batch], top_k=top_k, batch_tokens=batch_tokens
+        )
+        assert opened.tokenizer is not None  # texts went in
+        for record, masks in zip(batch, found, strict=True):
+            words = [
+                opened.tokenizer.decode([[filling.token] for filling in mask]) for mask in masks
+            ]
+            filled = [
+                [
+                    {"token": word, "id": each.token, "probability": math.exp(each.log_prob)}
+                    for word, each in zip(names, mask, strict=True)
+                ]
+                for names, mask in zip(words, masks, strict=True)
+            ]
+            yield record | {"masks": filled}
+
+    print_answers(given, answer)
+
+
+def _is_seq2seq(model: "Model") -> bool:
+    return bool(model.config.encoder_layers and model.config.decoder_layers)
