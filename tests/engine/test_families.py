@@ -74,6 +74,14 @@ def inputs(network: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return found
 
 
+def as_attributes(network: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by their names in the class, where these are not the names in its files."""
+    prefix = f"{network.base_model_prefix}."
+    renamed = {"embed_out.weight": "lm_head.weight"}
+    found = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    return found | {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
     """Equal but for `tolerance` of the largest value."""
     assert ours.shape == theirs.shape
@@ -139,7 +147,7 @@ def test_loss_and_gradients(raw: dict[str, Any], tmp_path: Path) -> None:
     network = ours.network
     state = {n: p.grad for n, p in network.named_parameters(remove_duplicate=False)}
     state |= {n: torch.zeros_like(network.get_parameter(n)) for n, g in state.items() if g is None}
-    compared = tensors_to(ours.config, state)
+    compared = as_attributes(theirs, tensors_to(ours.config, state))
     largest = max(float(g.grad.abs().max()) for g in theirs.parameters() if g.grad is not None)
     unused = 1e-6 * largest
     seen = 0
