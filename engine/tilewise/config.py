@@ -40,6 +40,7 @@ class ModelConfig:
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
+    norm_weight: bool = True  # False: norms have no parameters at all
     norm_bias: bool = True  # of LayerNorm; RMSNorm has none
     first_norm: bool = True  # False: the first layer attends to the embeddings as they are
     final_norm: bool = True  # a norm after the last layer of each stack

@@ -81,6 +81,7 @@ class RMSNorm(nn.RMSNorm):
 def norm_of(config: ModelConfig, size: int | None = None) -> LayerNorm | RMSNorm:
     """The norm that a configuration names, over its hidden size or another."""
     size = config.hidden_size if size is None else size
+    eps, affine = config.norm_eps, config.norm_weight
     if config.norm == "rms":
-        return RMSNorm(size, eps=config.norm_eps)
-    return LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+        return RMSNorm(size, eps=eps, elementwise_affine=affine)
+    return LayerNorm(size, eps=eps, elementwise_affine=affine, bias=config.norm_bias)
