@@ -40,16 +40,13 @@ class ModelOutput:
 class OutputProjection(nn.Linear):
     """The map to the vocabulary; one matrix with the embeddings when they are tied.
 
-    Where embeddings have a size of their own, `project` [that size, E] leads to it first.
+    It takes the embeddings' own size, where they have one.
     """
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         size = config.embedding_size or config.hidden_size
         super().__init__(size, config.output_vocab_size, bias=config.output_bias)
         self.scale = config.output_scale
-        self.project: nn.Linear | None = None
-        if size != config.hidden_size:
-            self.project = nn.Linear(config.hidden_size, size, bias=False)
         if config.tie_embeddings:
             self.weight = tokens.weight
 
@@ -57,8 +54,6 @@ class OutputProjection(nn.Linear):
         """[..., E] to logits [..., V]."""
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        if self.project is not None:
-            hidden = self.project(hidden)
         return super().forward(hidden)
 
 
@@ -67,11 +62,11 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = config.embedding_size or config.hidden_size
         assert config.masked_head is not None
         self.activation = config.masked_head
-        self.linear = nn.Linear(size, size, bias=config.masked_head_bias)
-        self.norm = norm_of(config)
+        self.linear = nn.Linear(config.hidden_size, size, bias=config.masked_head_bias)
+        self.norm = norm_of(config, size)
         self.output = OutputProjection(config, tokens)
 
     def forward(self, hidden: Tensor) -> Tensor:

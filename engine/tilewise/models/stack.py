@@ -43,6 +43,9 @@ class Stack(nn.Module):
             for i in range(layers)
         )
         self.norm = norm_of(config) if config.final_norm else None
+        self.project: nn.Linear | None = None
+        if causal and config.embedding_size not in (None, config.hidden_size):
+            self.project = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
 
     def run(
         self,
@@ -57,7 +60,7 @@ class Stack(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         maps: Maps | None = None,
     ) -> Tensor:
-        """Embeddings [R, S, E] through the layers: [R, S, E].
+        """Embeddings [R, S, E] through the layers: [R, S, E], or embedding_size from a decoder.
 
         positions [S] or [R, S]: the columns that x stands at; None: 0 to S - 1. memory: the
         encoder's output [M, N, E], or each layer's keys and values of it. maps: filled in order.
@@ -83,7 +86,8 @@ class Stack(nn.Module):
                 maps=None if maps is None else maps.own,
                 memory_maps=None if maps is None else maps.memory,
             )
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project is None else self.project(x)
 
 
 def token_embedding(config: ModelConfig, *, target: bool = False) -> nn.Embedding:
