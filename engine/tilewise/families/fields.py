@@ -95,7 +95,7 @@ def rotary_fields(raw: Raw, head_size: int, *, base: float = 10_000.0) -> dict[s
     found = {**scaling, **nested}
     kind = found.get("rope_type", found.get("type", "default"))
     names = {"default": "none", "linear": "linear", "llama3": "llama3"}
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(names)}")
     theta = raw.get("rope_theta", raw.get("rotary_emb_base", base))
     share = raw.get("partial_rotary_factor", raw.get("rotary_pct", 1.0))
