@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -43,8 +44,12 @@ def family_of(raw: Mapping[str, Any]) -> ModuleType:
 
 
 def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors (as from state_dict()) under its family's names and in its layout."""
+    """A model's tensors (as from state_dict()) under its family's names and in its layout.
+
+    Where several rules have one source, it is their parts one behind the other, in rule order.
+    """
     found: dict[str, Tensor] = {}
     for rule in FAMILIES[config.model_type].rules(config, None):
-        found |= zip(rule.sources, rule.split(state[rule.target]), strict=True)
+        for name, part in zip(rule.sources, rule.split(state[rule.target]), strict=True):
+            found[name] = torch.cat([found[name], part]) if name in found else part
     return found
