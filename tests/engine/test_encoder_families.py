@@ -151,6 +151,35 @@ def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
         tilewise.load(tmp_path)
 
 
+# -- the masked-token head -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [bert.EXAMPLES[2], roberta.EXAMPLES[2], modernbert.EXAMPLES[2]],
+    ids=["bert", "roberta", "modernbert"],
+)
+def test_loss_and_fillings_are_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = written(tmp_path, raw, lambda state: state)
+    ours = tilewise.load(tmp_path)
+    labels = torch.where(IDS % 3 == 0, IDS, -100)
+    expected, found = theirs(IDS, labels=labels), ours(IDS, labels=labels)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-4, rtol=1e-4)
+    masked = [IDS[0].tolist(), IDS[1, :7].tolist()]  # of two lengths: the second is padded
+    masked[0][4] = masked[0][6] = masked[1][2] = 60
+    fillings = ours.fill_mask(masked, mask_token_id=60, top_k=3)
+    assert [len(row) for row in fillings] == [2, 1]
+    for row, column, best in (
+        (0, 4, fillings[0][0]),
+        (0, 6, fillings[0][1]),
+        (1, 2, fillings[1][0]),
+    ):
+        with torch.no_grad():
+            scores = theirs(torch.tensor([masked[row]])).logits[0, column].log_softmax(-1).topk(3)
+        assert [f.token for f in best] == scores.indices.tolist()
+        assert [f.log_prob for f in best] == pytest.approx(scores.values.tolist(), abs=1e-4)
+
+
 # -- contents of config.json -----------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
     """Equal but for `tolerance` of the largest value."""
     assert ours.shape == theirs.shape
     scale = max(float(theirs.detach().abs().max()), 1e-3)
-    assert float((ours - theirs).abs().max()) <= tolerance * scale
+    assert float((ours - theirs).detach().abs().max()) <= tolerance * scale
 
 
 @pytest.mark.parametrize("raw", CASES)
