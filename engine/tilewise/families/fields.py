@@ -78,10 +78,12 @@ def special_ids(raw: Raw, vocab_size: int, **defaults: int | None) -> dict[str, 
 def written_ids(config: ModelConfig) -> dict[str, Any]:
     """The special ids as config.json holds them."""
     eos = list(config.eos_token_id)
+    start = config.decoder_start_token_id
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_token_id,
+        **({} if start is None else {"decoder_start_token_id": start}),
     }
 
 
