@@ -40,6 +40,8 @@ def reference(raw: dict[str, Any], seed: int = 0) -> Any:
             is_norm = "norm" in name.lower() or "ln_" in name
             mean = float(parameter.dim() == 1 and is_norm and name.endswith("weight"))
             parameter.normal_(mean, 0.2)
+        if "bart" in raw["model_type"] and not config.tie_word_embeddings:  # one that nothing uses
+            network.model.shared.weight.copy_(network.model.encoder.embed_tokens.weight)
     for name, buffer in network.named_buffers():
         if name == "final_logits_bias":
             buffer.normal_(0, 0.2)

@@ -154,3 +154,41 @@ def same_again(
             "model_type that can"
         )
     return raw
+
+
+def seq2seq_fields(raw: Raw) -> dict[str, Any]:
+    """ModelConfig's sizes from the names that BART and Marian share."""
+    heads = {side: count(raw, f"{side}_attention_heads", 16) for side in ("encoder", "decoder")}
+    sizes = {side: count(raw, f"{side}_ffn_dim", 4096) for side in ("encoder", "decoder")}
+    same_heads = heads["encoder"] == heads["decoder"]
+    same_size = sizes["encoder"] == sizes["decoder"]
+    return {
+        "hidden_size": count(raw, "d_model", 1024),
+        "num_heads": heads["decoder"],
+        "encoder_heads": None if same_heads else heads["encoder"],
+        "ffn_size": sizes["decoder"],
+        "encoder_ffn_size": None if same_size else sizes["encoder"],
+        "encoder_layers": count(raw, "encoder_layers", 12),
+        "decoder_layers": count(raw, "decoder_layers", 12),
+        "max_positions": count(raw, "max_position_embeddings", 1024),
+        "activation": activation(raw, "activation_function", "gelu"),
+        "scale_embedding": flag(raw, "scale_embedding", False),
+        "dropout": number(raw, "dropout", 0.1),
+    }
+
+
+def written_seq2seq(config: ModelConfig) -> dict[str, Any]:
+    """The sizes as config.json holds them."""
+    return {
+        "d_model": config.hidden_size,
+        "encoder_attention_heads": config.encoder_heads or config.num_heads,
+        "decoder_attention_heads": config.num_heads,
+        "encoder_ffn_dim": config.encoder_ffn_size or config.ffn_size,
+        "decoder_ffn_dim": config.ffn_size,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "max_position_embeddings": config.max_positions,
+        "activation_function": activation_name(config.activation),
+        "scale_embedding": config.scale_embedding,
+        "dropout": config.dropout,
+    }

@@ -20,7 +20,7 @@ from .fields import (
     special_ids,
     written_ids,
 )
-from .tables import attention, linear
+from .tables import attention, first_of, linear
 
 MODEL_TYPES = ("t5", "mt5")
 SMALL = {
@@ -187,7 +187,7 @@ def _stack(config: ModelConfig, ours: str, theirs: str) -> list[WeightRule]:
 def _tokens(names: set[str] | None) -> str:
     """The embedding under the first of its names that the folder has."""
     known = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return next((name for name in known if names is None or name in names), known[0])
+    return first_of(known, names)
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:

@@ -62,3 +62,33 @@ def interleaved(target: str, source: str, heads: int, *, bias: bool = True) -> l
         WeightRule(f"{target}.in_proj_{kind}", f"{source}.{kind}", ours, theirs)
         for kind in (("weight", "bias") if bias else ("weight",))
     ]
+
+
+def seq2seq_layers(config: ModelConfig, prefix: str) -> list[WeightRule]:
+    """Both stacks' layers under the names that BART and Marian share."""
+    table = []
+    for side, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        parts = [("self_attn", "self_attn"), ("multihead_attn", "encoder_attn")]
+        parts = parts if side == "decoder" else parts[:1]
+        sized = config if side == "decoder" else config.of_encoder
+        for i in range(count):
+            ours, theirs = f"{side}.layers.{i}.", f"{prefix}{side}.layers.{i}."
+            for n, (name, other) in enumerate(parts, 1):
+                q, k, v, out = (f"{theirs}{other}.{x}_proj" for x in ("q", "k", "v", "out"))
+                table += attention(ours + name, (q, k, v), out, sized)
+                table += linear(f"{ours}norm{n}", f"{theirs}{other}_layer_norm")
+            table += linear(f"{ours}norm{len(parts) + 1}", theirs + "final_layer_norm")
+            table += linear(ours + "linear1", theirs + "fc1")
+            table += linear(ours + "linear2", theirs + "fc2")
+    return table
+
+
+def logits_bias(target: str) -> WeightRule:
+    """BART's and Marian's final_logits_bias [1, V]."""
+    return WeightRule(target, "final_logits_bias", lambda b: b.flatten(), lambda b: (b[None],))
+
+
+def first_of(known: Collection[str], names: Collection[str] | None) -> str:
+    """The first of these names that a checkpoint has; the first of all when saving."""
+    listed = list(known)
+    return next((name for name in listed if names is None or name in names), listed[0])

@@ -1,0 +1,172 @@
+"""BART (Lewis et al. 2020), post-norm, and mBART (Liu et al. 2020), pre-norm with a last norm.
+
+Learned positions from row 2 of their table on, a norm over embeddings, a bias on the logits.
+"""
+
+from typing import Any
+
+from ..checkpoints import WeightRule
+from ..config import ModelConfig
+from .fields import (
+    Raw,
+    count,
+    flag,
+    same_again,
+    seq2seq_fields,
+    special_ids,
+    written_ids,
+    written_seq2seq,
+)
+from .tables import first_of, linear, logits_bias, prefixed, seq2seq_layers
+
+MODEL_TYPES = ("bart", "mbart")
+SMALL = {
+    "model_type": "bart",
+    "architectures": ["BartForConditionalGeneration"],
+    "vocab_size": 61,
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 20,
+    "max_position_embeddings": 24,
+}
+UNEVEN = {
+    "encoder_layers": 1,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 33,
+}
+MBART = {"model_type": "mbart", "architectures": ["MBartForConditionalGeneration"]}
+EXAMPLES: tuple[dict[str, Any], ...] = (
+    SMALL,
+    SMALL | UNEVEN | {"scale_embedding": True, "activation_function": "relu"},
+    SMALL | {"tie_word_embeddings": False, "normalize_before": False},
+    SMALL | {"architectures": ["BartModel"], "decoder_attention_heads": 1},
+    SMALL | MBART | {"scale_embedding": True, "decoder_start_token_id": 59},
+    SMALL | UNEVEN | MBART | {"tie_word_embeddings": False, "decoder_start_token_id": 2},
+    SMALL | MBART | {"architectures": ["MBartModel"], "activation_function": "gelu_new"},
+)
+
+
+def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
+    """Our configuration of a BART config.json; raises ConfigError for what it cannot mean."""
+    vocab, pre_norm = count(raw, "vocab_size", 50265), raw["model_type"] == "mbart"
+    tied = flag(raw, "tie_word_embeddings", True)
+    start = None if pre_norm else 2
+    return ModelConfig(
+        model_type=raw["model_type"],
+        vocab_size=vocab,
+        **seq2seq_fields(raw),
+        norm_position="pre" if pre_norm else "post",
+        final_norm=pre_norm,
+        positions="learned",
+        position_offset=2,
+        embedding_norm=True,
+        share_embeddings=tied or _one_matrix(raw, names),
+        tie_embeddings=tied or (names is not None and "lm_head.weight" not in names),
+        output_bias=_has_bias(raw, names),
+        **special_ids(
+            raw, vocab, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=start
+        ),
+    )
+
+
+def _one_matrix(raw: Raw, names: set[str] | None) -> bool:
+    """Whether an untied model's stacks share their embeddings, as before transformers 5."""
+    if names is None:
+        return flag(raw, "share_encoder_decoder_embeddings", False)
+    prefix = prefixed("model.", names)
+    own = {f"{prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
+    return not own <= names
+
+
+def _has_bias(raw: Raw, names: set[str] | None) -> bool:
+    """Whether there is a final_logits_bias, which the base model lacks."""
+    if names is not None:
+        return "final_logits_bias" in names
+    return any("ForConditionalGeneration" in str(name) for name in raw.get("architectures", ()))
+
+
+def config_to(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a BART folder that transformers reads back; ConfigError if none can."""
+    start = "MBart" if config.model_type == "mbart" else "Bart"
+    raw = {
+        "model_type": config.model_type,
+        "architectures": [start + ("ForConditionalGeneration" if config.output_bias else "Model")],
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        **written_seq2seq(config),
+        "tie_word_embeddings": config.tie_embeddings,
+        "share_encoder_decoder_embeddings": config.share_embeddings,
+        **written_ids(config),
+    }
+    return same_again(raw, config, config_from)
+
+
+def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
+    """Which tensor of the file fills which of ours."""
+    prefix = _prefix(config, names)
+    table = [*_embeddings(config, prefix, names), *seq2seq_layers(config, prefix)]
+    for side in ("encoder", "decoder"):
+        ours, theirs = f"{side}.embedding.", f"{prefix}{side}."
+        table.append(WeightRule(ours + "positions.weight", theirs + "embed_positions.weight"))
+        table += linear(ours + "norm", theirs + "layernorm_embedding")
+        if config.final_norm:
+            table += linear(f"{side}.norm", theirs + "layer_norm")
+    if config.output_bias:
+        table.append(logits_bias("decoder.lm_head.bias"))
+    if not config.tie_embeddings:
+        table.append(WeightRule("decoder.lm_head.weight", "lm_head.weight"))
+    return table
+
+
+def _prefix(config: ModelConfig, names: set[str] | None) -> str:
+    if names is None:
+        return "model." if config.output_bias else ""
+    return prefixed("model.", names)
+
+
+def _embeddings(config: ModelConfig, prefix: str, names: set[str] | None) -> list[WeightRule]:
+    """Rules of the token embeddings.
+
+    transformers 5 reads three matrices for an untied model, the first of which it never uses.
+    """
+    shared, encoder, decoder = known = _copies(prefix)
+    if config.share_embeddings:
+        target = "encoder.embedding.tokens.weight"
+        if names is None and not config.tie_embeddings:
+            return [WeightRule(target, known, lambda w, *_: w, lambda w: (w, w.clone(), w.clone()))]
+        return [WeightRule(target, first_of(known, names))]
+    written = (encoder, shared) if names is None else encoder
+    back = (lambda w: (w, w.clone())) if names is None else None
+    return [
+        WeightRule("encoder.embedding.tokens.weight", written, lambda w, *_: w, back),
+        WeightRule("decoder.embedding.tokens.weight", decoder),
+    ]
+
+
+def _copies(prefix: str) -> tuple[str, str, str]:
+    """The names of the token embeddings: of both stacks, the encoder's, the decoder's."""
+    first, second, third = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    return f"{prefix}{first}.weight", f"{prefix}{second}.weight", f"{prefix}{third}.weight"
+
+
+def ignored(config: ModelConfig, names: set[str]) -> set[str]:
+    """Version marks of fairseq, and the embeddings that an untied model does not use."""
+    prefix = prefixed("model.", names)
+    unused = {f"{prefix}{side}.version" for side in ("encoder", "decoder")}
+    return unused if config.share_embeddings else unused | {_copies(prefix)[0]}
+
+
+def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
+    """Names that may repeat another tensor of the file."""
+    if not config.share_embeddings:
+        return {}
+    known = _copies(prefixed("model.", names))
+    tokens = first_of(known, names)
+    copies = {name: tokens for name in known if name != tokens}
+    return copies | ({"lm_head.weight": tokens} if config.tie_embeddings else {})
