@@ -11,13 +11,23 @@ from .fields import (
     Raw,
     count,
     flag,
+    has_logits_bias,
     same_again,
     seq2seq_fields,
     special_ids,
     written_ids,
     written_seq2seq,
 )
-from .tables import first_of, linear, logits_bias, prefixed, seq2seq_layers
+from .tables import (
+    first_of,
+    linear,
+    logits_bias,
+    prefixed,
+    seq2seq_layers,
+    seq2seq_prefix,
+    token_copies,
+    token_embeddings,
+)
 
 MODEL_TYPES = ("bart", "mbart")
 SMALL = {
@@ -68,7 +78,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         embedding_norm=True,
         share_embeddings=tied or _one_matrix(raw, names),
         tie_embeddings=tied or (names is not None and "lm_head.weight" not in names),
-        output_bias=_has_bias(raw, names),
+        output_bias=has_logits_bias(raw, names),
         **special_ids(
             raw, vocab, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=start
         ),
@@ -82,13 +92,6 @@ def _one_matrix(raw: Raw, names: set[str] | None) -> bool:
     prefix = prefixed("model.", names)
     own = {f"{prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder")}
     return not own <= names
-
-
-def _has_bias(raw: Raw, names: set[str] | None) -> bool:
-    """Whether there is a final_logits_bias, which the base model lacks."""
-    if names is not None:
-        return "final_logits_bias" in names
-    return any("ForConditionalGeneration" in str(name) for name in raw.get("architectures", ()))
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
@@ -109,8 +112,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     """Which tensor of the file fills which of ours."""
-    prefix = _prefix(config, names)
-    table = [*_embeddings(config, prefix, names), *seq2seq_layers(config, prefix)]
+    prefix = seq2seq_prefix(config, names)
+    table = [*token_embeddings(config, prefix, names, unused=True), *seq2seq_layers(config, prefix)]
     for side in ("encoder", "decoder"):
         ours, theirs = f"{side}.embedding.", f"{prefix}{side}."
         table.append(WeightRule(ours + "positions.weight", theirs + "embed_positions.weight"))
@@ -124,49 +127,18 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     return table
 
 
-def _prefix(config: ModelConfig, names: set[str] | None) -> str:
-    if names is None:
-        return "model." if config.output_bias else ""
-    return prefixed("model.", names)
-
-
-def _embeddings(config: ModelConfig, prefix: str, names: set[str] | None) -> list[WeightRule]:
-    """Rules of the token embeddings.
-
-    transformers 5 reads three matrices for an untied model, the first of which it never uses.
-    """
-    shared, encoder, decoder = known = _copies(prefix)
-    if config.share_embeddings:
-        target = "encoder.embedding.tokens.weight"
-        if names is None and not config.tie_embeddings:
-            return [WeightRule(target, known, lambda w, *_: w, lambda w: (w, w.clone(), w.clone()))]
-        return [WeightRule(target, first_of(known, names))]
-    written = (encoder, shared) if names is None else encoder
-    back = (lambda w: (w, w.clone())) if names is None else None
-    return [
-        WeightRule("encoder.embedding.tokens.weight", written, lambda w, *_: w, back),
-        WeightRule("decoder.embedding.tokens.weight", decoder),
-    ]
-
-
-def _copies(prefix: str) -> tuple[str, str, str]:
-    """The names of the token embeddings: of both stacks, the encoder's, the decoder's."""
-    first, second, third = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
-    return f"{prefix}{first}.weight", f"{prefix}{second}.weight", f"{prefix}{third}.weight"
-
-
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
     """Version marks of fairseq, and the embeddings that an untied model does not use."""
     prefix = prefixed("model.", names)
     unused = {f"{prefix}{side}.version" for side in ("encoder", "decoder")}
-    return unused if config.share_embeddings else unused | {_copies(prefix)[0]}
+    return unused if config.share_embeddings else unused | {token_copies(prefix)[0]}
 
 
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
     """Names that may repeat another tensor of the file."""
     if not config.share_embeddings:
         return {}
-    known = _copies(prefixed("model.", names))
+    known = token_copies(prefixed("model.", names))
     tokens = first_of(known, names)
     copies = {name: tokens for name in known if name != tokens}
     return copies | ({"lm_head.weight": tokens} if config.tie_embeddings else {})

@@ -192,3 +192,11 @@ def written_seq2seq(config: ModelConfig) -> dict[str, Any]:
         "scale_embedding": config.scale_embedding,
         "dropout": config.dropout,
     }
+
+
+def has_logits_bias(raw: Raw, names: set[str] | None) -> bool:
+    """Whether BART or Marian has a final_logits_bias, which the base models lack."""
+    if names is not None:
+        return "final_logits_bias" in names
+    classes = str(raw.get("architectures"))
+    return "BartModel" not in classes and "MarianModel" not in classes

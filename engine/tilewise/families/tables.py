@@ -88,6 +88,39 @@ def logits_bias(target: str) -> WeightRule:
     return WeightRule(target, "final_logits_bias", lambda b: b.flatten(), lambda b: (b[None],))
 
 
+def seq2seq_prefix(config: ModelConfig, names: Collection[str] | None) -> str:
+    """What the names of BART and Marian start with, which is nothing in their base models."""
+    if names is None:
+        return "model." if config.output_bias else ""
+    return prefixed("model.", names)
+
+
+def token_copies(prefix: str) -> tuple[str, ...]:
+    """Names of the token embeddings of BART and Marian: of both stacks, and of each."""
+    own = (f"{prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+    return (f"{prefix}shared.weight", *own)
+
+
+def token_embeddings(
+    config: ModelConfig, prefix: str, names: Collection[str] | None, *, unused: bool = False
+) -> list[WeightRule]:
+    """Rules of the token embeddings of BART and Marian: one matrix, or one for each stack.
+
+    transformers 5 reads three for an untied model. unused: the first is there for stacks that
+    have their own, too.
+    """
+    shared, encoder, decoder = known = token_copies(prefix)
+    target = "encoder.embedding.tokens.weight"
+    if config.share_embeddings:
+        if names is None and not config.tie_embeddings:
+            return [WeightRule(target, known, lambda w, *_: w, lambda w: (w, w.clone(), w.clone()))]
+        return [WeightRule(target, first_of(known, names))]
+    own = WeightRule(target, encoder)
+    if names is None and unused:
+        own = WeightRule(target, (encoder, shared), lambda w, _: w, lambda w: (w, w.clone()))
+    return [own, WeightRule("decoder.embedding.tokens.weight", decoder)]
+
+
 def first_of(known: Collection[str], names: Collection[str] | None) -> str:
     """The first of these names that a checkpoint has; the first of all when saving."""
     listed = list(known)
