@@ -205,6 +205,7 @@ def test_modernbert_s_first_spellings() -> None:
         (bert.SMALL | {"layer_norm_eps": "small"}, "layer_norm_eps"),
         (roberta.SMALL | {"pad_token_id": None}, "pad_token_id"),
         (roberta.SMALL | {"max_position_embeddings": 2}, "max_position_embeddings"),
+        (modernbert.SMALL | {"num_hidden_layers": 2**70}, "layers"),
         (modernbert.SMALL | {"layer_types": ["full_attention"]}, "layer_types"),
         (modernbert.SMALL | {"layer_types": [{}] * 4}, "layer_types"),
         (modernbert.SMALL | {"rope_scaling": {"type": {}}}, "rope_type"),

@@ -96,7 +96,8 @@ def windows(raw: Raw, layers: int) -> tuple[int | None, ...]:
     kinds = raw.get("layer_types")
     if kinds is None:
         every = count(raw, "global_attn_every_n_layers", 3)
-        return tuple(half if i % every else None for i in range(layers))
+        few = min(layers, 10_000)  # ModelConfig refuses as many; no tuple is made of more
+        return tuple(half if i % every else None for i in range(few))
     known = {"full_attention": None, "sliding_attention": half}
     if (
         not isinstance(kinds, list)
