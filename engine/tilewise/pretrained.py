@@ -21,7 +21,7 @@ from .checkpoints import (
     write_folder,
 )
 from .config import ModelConfig, usable_ids
-from .errors import ArgumentError, CheckpointError, TokenizerError
+from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
 from .models import ModelOutput, Seq2Seq, build
@@ -231,7 +231,7 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "
             f"{config.vocab_size} embeddings; put the model's own tokenizer there"
         )
-    defaults = _generation_defaults(folder, raw, config.vocab_size)
+    defaults = _generation_defaults(folder, raw, config.output_vocab_size)
     return Model(network.to(place), tokenizer, raw, defaults).eval()
 
 
@@ -259,8 +259,8 @@ class _Uninitialised(TorchFunctionMode):
 
 
 _CHANGES_OUTPUT = {
-    "bad_words_ids", "begin_suppress_tokens", "do_sample", "encoder_no_repeat_ngram_size",
-    "min_length", "sequence_bias", "suppress_tokens", "top_k", "top_p", "temperature",
+    "begin_suppress_tokens", "do_sample", "encoder_no_repeat_ngram_size", "sequence_bias", "top_k",
+    "top_p", "temperature",
 }  # fmt: skip
 _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 
@@ -308,19 +308,34 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Options from generation_config.json, else those old folders keep in config.json."""
-    if os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
-        found = read_config(folder, GENERATION)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = usable_ids(name, found.pop(name, None), vocab_size)
-            if ids:
-                found[name] = list(ids) if name == "eos_token_id" else ids[0]
-        lost = sorted(_CHANGES_OUTPUT & {name for name, value in found.items() if value})
-        if lost:
-            warnings.warn(
-                f"{GENERATION} sets {', '.join(lost)}, which tilewise does not have: its output "
-                "will differ",
-                stacklevel=3,
-            )
-        return found
-    kept = ("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length")
-    return {name: raw[name] for name in kept if name in raw}
+    if not os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
+        return _usable({name: raw[name] for name in _KEPT if name in raw}, vocab_size)
+    found = read_config(folder, GENERATION)
+    lost = sorted(_CHANGES_OUTPUT & {name for name, value in found.items() if value})
+    if lost:
+        warnings.warn(
+            f"{GENERATION} sets {', '.join(lost)}, which tilewise does not have: its output "
+            "will differ",
+            stacklevel=3,
+        )
+    return _usable(found, vocab_size)
+
+
+_KEPT = (
+    "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length",
+    "min_length", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens",
+)  # fmt: skip
+
+
+def _usable(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The same options without the ids that the vocabulary lacks."""
+    one = ("bos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    for name in (*one, "eos_token_id", "suppress_tokens"):
+        ids = usable_ids(name, found.pop(name, None), vocab_size)
+        if ids:
+            found[name] = ids[0] if name in one else list(ids)
+    words = found.pop("bad_words_ids", None) or []
+    if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
+        raise ConfigError(f"bad_words_ids is {words!r}; it must be a list of lists of ids")
+    kept = [w for w in words if len(usable_ids("bad_words_ids", w, vocab_size)) == len(set(w))]
+    return found | ({"bad_words_ids": kept} if kept else {})

@@ -1,7 +1,7 @@
 """The options of one generate call, checked before any work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..config import ModelConfig
@@ -19,18 +19,23 @@ class GenerationOptions:
     prompt too and gives way to max_new_tokens. early_stopping: True ends a sentence once it has
     num_beams hypotheses; False when the best running score over its own length can no longer win;
     "never" when not even the longest continuation could. Hypotheses are ranked by their summed
-    log-probability [nats] over (generated tokens) ** length_penalty.
+    log-probability [nats] over (generated tokens) ** length_penalty. min_length counts the decoder
+    prompt, as max_length does. bad_words_ids are sequences that are never generated (an end token
+    alone is no bad word); suppress_tokens are tokens that never are.
     """
 
     num_beams: int = 1
     max_new_tokens: int | None = None
     max_length: int | None = None
     min_new_tokens: int = 0
+    min_length: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     bos_token_id: int | None = None
@@ -61,6 +66,11 @@ def resolve(
     merged["eos_token_id"] = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     if given.get("max_new_tokens") is None and given.get("max_length") is not None:
         merged.pop("max_new_tokens", None)
+    if isinstance(merged.get("suppress_tokens"), list):
+        merged["suppress_tokens"] = tuple(merged["suppress_tokens"])
+    if isinstance(merged.get("bad_words_ids"), (list, tuple)):
+        words = merged["bad_words_ids"]
+        merged["bad_words_ids"] = tuple(tuple(w) if isinstance(w, list) else w for w in words)
     options = GenerationOptions(**merged)
     _check(options, config)
     return _with_length(options, config, prompt_length)
@@ -91,7 +101,8 @@ def _with_length(
             f"min_new_tokens is {options.min_new_tokens} and max_new_tokens {new}; "
             "the minimum cannot exceed the maximum"
         )
-    return GenerationOptions(**{**vars(options), "max_new_tokens": new})
+    least = max(options.min_new_tokens, min(options.min_length - prompt_length, new))
+    return replace(options, max_new_tokens=new, min_new_tokens=least)
 
 
 def _check(options: GenerationOptions, config: ModelConfig) -> None:
@@ -102,6 +113,7 @@ def _check(options: GenerationOptions, config: ModelConfig) -> None:
         if getattr(options, name) is not None:
             _whole(name, getattr(options, name), 1, 2**31 - 1, "any practical length")
     _whole("min_new_tokens", options.min_new_tokens, 0, 2**31 - 1, "any practical length")
+    _whole("min_length", options.min_length, 0, 2**31 - 1, "any practical length")
     _whole("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, 2**31 - 1, "any length")
     _real("length_penalty", options.length_penalty, -100)
     _real("repetition_penalty", options.repetition_penalty, 0)
@@ -126,8 +138,20 @@ def _check(options: GenerationOptions, config: ModelConfig) -> None:
             _whole(name, getattr(options, name), 0, vocab - 1, "the vocabulary")
     for token in options.eos_token_id:
         _whole("eos_token_id", token, 0, vocab - 1, "the vocabulary")
+    _tokens("suppress_tokens", options.suppress_tokens, vocab)
+    if not isinstance(options.bad_words_ids, tuple):
+        raise ArgumentError(f"bad_words_ids is {options.bad_words_ids!r}; pass a list of id lists")
+    for word in options.bad_words_ids:
+        _tokens("bad_words_ids", word or None, vocab)
     if len(set(options.eos_token_id)) != len(options.eos_token_id):
         raise ArgumentError(f"eos_token_id is {options.eos_token_id}; name each id once")
+
+
+def _tokens(name: str, ids: object, vocab: int) -> None:
+    if not isinstance(ids, tuple):
+        raise ArgumentError(f"{name} is or holds {ids!r}; pass a list of ids there")
+    for token in ids:
+        _whole(name, token, 0, vocab - 1, "the vocabulary")
 
 
 def _whole(name: str, value: object, low: int, high: int, bound: str) -> None:

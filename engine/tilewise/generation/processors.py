@@ -15,6 +15,8 @@ def untouched(step: int, options: GenerationOptions) -> bool:
     return not (
         options.repetition_penalty != 1.0
         or options.no_repeat_ngram_size
+        or options.bad_words_ids
+        or options.suppress_tokens
         or (step < options.min_new_tokens and options.eos_token_id)
         or (options.forced_bos_token_id is not None and step == 0)
         or (options.forced_eos_token_id is not None and step + 1 == options.max_new_tokens)
@@ -27,6 +29,8 @@ def process(scores: Tensor, history: Tensor, step: int, options: GenerationOptio
         scores = _penalise_repeats(scores, history, options.repetition_penalty)
     if options.no_repeat_ngram_size:
         scores = _ban_ngrams(scores, history, options.no_repeat_ngram_size)
+    if options.bad_words_ids:
+        scores = _ban_words(scores, history, options)
     if step < options.min_new_tokens and options.eos_token_id:
         scores = _ban(scores, options.eos_token_id)
     if options.forced_bos_token_id is not None and step == 0:
@@ -34,11 +38,26 @@ def process(scores: Tensor, history: Tensor, step: int, options: GenerationOptio
         scores = torch.where(starting, _only(scores, options.forced_bos_token_id), scores)
     if options.forced_eos_token_id is not None and step + 1 == options.max_new_tokens:
         scores = _only(scores, options.forced_eos_token_id)
+    if options.suppress_tokens:
+        scores = _ban(scores, options.suppress_tokens)
     return scores
 
 
 def _ban(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    return scores.index_fill(1, torch.tensor(tokens, device=scores.device), -torch.inf)
+    at = torch.tensor(tokens, dtype=torch.int64, device=scores.device)
+    return scores.index_fill(1, at, -torch.inf)
+
+
+def _ban_words(scores: Tensor, history: Tensor, options: GenerationOptions) -> Tensor:
+    """Ban every token that would complete a word that stands at the end of the row but for it."""
+    words, ends = options.bad_words_ids, options.eos_token_id
+    scores = _ban(scores, tuple(w[0] for w in words if len(w) == 1 and w[0] not in ends))
+    for *before, last in (word for word in words if len(word) > 1):
+        if len(before) <= history.shape[1]:
+            tail = history[:, -len(before) :]
+            begun = (tail == torch.tensor(before, device=tail.device)).all(1)
+            scores[begun, last] = -torch.inf
+    return scores
 
 
 def _only(scores: Tensor, token: int) -> Tensor:
