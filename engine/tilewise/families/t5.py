@@ -43,7 +43,9 @@ V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL,
     SMALL | V1_1,
-    SMALL | V1_1 | {"feed_forward_proj": "gated-silu", "num_decoder_layers": 1, "num_heads": 1},
+    SMALL | V1_1 | {"feed_forward_proj": "gated-silu", "num_decoder_layers": 1, "num_heads": 1,
+                    "relative_attention_max_distance": 6},
+    SMALL | {"tie_word_embeddings": False, "scale_decoder_outputs": True},
     SMALL | {"scale_decoder_outputs": False, "feed_forward_proj": "gelu", "num_layers": 3,
              "num_decoder_layers": 2},
     SMALL | {"architectures": ["T5Model"], "d_kv": 4, "num_heads": 4},
