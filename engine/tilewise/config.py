@@ -89,6 +89,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     decoder_start_token_id: int | None = None
+    wrap_labels: bool = False  # a decoder's input from labels starts with their last token
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions"):

@@ -78,6 +78,23 @@ def test_defaults_of_an_old_folder(defaults: dict[str, Any], beams: int, tmp_pat
     assert defaults.items() <= written.items() and written["forced_eos_token_id"] == 2
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [bart.SMALL, bart.EXAMPLES[4], bart.EXAMPLES[5], marian.SMALL, t5.SMALL],
+    ids=["bart", "mbart", "mbart-start", "marian", "t5"],
+)
+def test_loss_of_labels_alone(raw: dict[str, Any], tmp_path: Path) -> None:
+    """What the decoder reads is made of them: from the start token, or mBART's language, on."""
+    theirs = folder_of(raw, tmp_path)
+    labels = torch.tensor([[7, 40, 9, 2, 57], [5, 2, 56, -100, -100], [33, 8, 55, -100, -100]])
+    ids = torch.tensor([SOURCES[1]] * 3)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=labels)
+        found = tilewise.load(tmp_path)(ids, labels=labels)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_words_that_the_model_would_say_are_banned(beams: int, tmp_path: Path) -> None:
     theirs = folder_of(marian.SMALL, tmp_path)

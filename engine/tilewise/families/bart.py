@@ -79,6 +79,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         share_embeddings=tied or _one_matrix(raw, names),
         tie_embeddings=tied or (names is not None and "lm_head.weight" not in names),
         output_bias=has_logits_bias(raw, names),
+        wrap_labels=pre_norm,
         **special_ids(
             raw, vocab, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=start
         ),

@@ -3,6 +3,7 @@
 Shapes: input ids [R, N]; decoder ids [R, S]; logits [R, S, V].
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -41,13 +42,20 @@ class Seq2Seq(nn.Module):
             nn.init.normal_(stack.embedding.tokens.weight, std=self.config.hidden_size**-0.5)
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """Labels [R, S] to decoder inputs: the start token, then all labels but the last."""
-        start = self.config.decoder_start_token_id
+        """Labels [R, S] to decoder inputs: the start token, then all labels but the last.
+
+        With wrap_labels the start token is each row's last label that is no padding, a language.
+        """
+        padding, start = self.config.pad_token_id or 0, self.config.decoder_start_token_id
+        ids = labels.masked_fill(labels == IGNORED_LABEL, padding)
+        if self.config.wrap_labels and labels.shape[1]:
+            last = ids.ne(padding).sum(1, keepdim=True) - 1
+            return torch.cat([ids.gather(1, last.clamp(min=0)), ids[:, :-1]], 1)
         if start is None:
             raise ConfigError("decoder_start_token_id is not set: pass decoder_input_ids yourself")
-        shifted = labels.new_full(labels.shape, start)
-        shifted[:, 1:] = labels[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id or 0)
+        shifted = torch.full_like(ids, start)
+        shifted[:, 1:] = ids[:, :-1]
+        return shifted
 
     def forward(
         self,
