@@ -29,6 +29,7 @@ from .scoring import Score
 from .text import Tokenizer, load_tokenizer
 
 GENERATION = "generation_config.json"
+PARAMS = "params.json"  # Meta's own config.json
 
 
 class Model(nn.Module):
@@ -205,15 +206,16 @@ def load(
 ) -> Model:
     """Open a checkpoint folder, or a Hugging Face hub id, as a Model in eval mode.
 
-    source: a folder with config.json and model.safetensors (or an index of shards), and tokenizer
-    files when there are any; "dates" is the English to Japanese model that ships with tilewise.
-    Anything else is taken for a hub id and fetched by huggingface_hub, which honours
-    HF_HUB_OFFLINE. dtype: what the weights are converted to. Nothing is ever unpickled and no code
-    of the folder runs. Raises CheckpointError, ConfigError, TokenizerError.
+    source: a folder with config.json (or Meta's params.json) and model.safetensors (or an index of
+    shards, or Meta's consolidated.safetensors), and tokenizer files when there are any; "dates" is
+    the English to Japanese model that ships with tilewise. Anything else is taken for a hub id and
+    fetched by huggingface_hub, which honours HF_HUB_OFFLINE. dtype: what the weights are converted
+    to. Nothing is ever unpickled and no code of the folder runs. Raises CheckpointError,
+    ConfigError, TokenizerError.
     """
     folder = _folder(source)
     wanted, place = _dtype(dtype), _device(device)
-    raw = read_config(folder)
+    raw = _config(folder)
     family = family_of(raw)
     weights = open_weights(folder)
     names = set(weights.tensors)
@@ -286,6 +288,13 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{source} is no folder here, and the hub gave none: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, or in its place params.json, which only LLaMA has and so names no model_type."""
+    if os.path.lexists(folder / "config.json") or not os.path.lexists(folder / PARAMS):
+        return read_config(folder)
+    return {"model_type": "llama", **read_config(folder, PARAMS)}
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -27,6 +27,7 @@ from tilewise.errors import CheckpointError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONSOLIDATED = "consolidated.safetensors"  # Meta's name for weights in one file
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit; the index, which lists as much, shares it
@@ -124,14 +125,16 @@ def read_config(folder: str | os.PathLike[str], name: str = CONFIG) -> dict[str,
 def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
     """Checks every header of the folder's weights and returns them, no data read yet.
 
-    Takes model.safetensors or, without it, the shards of model.safetensors.index.json. Raises
-    CheckpointError naming the file and what is wrong with it.
+    Takes model.safetensors or, without it, the shards of model.safetensors.index.json, or without
+    either consolidated.safetensors. Raises CheckpointError naming the file and what is wrong.
     """
     root = existing_folder(folder)
     if single := find_file(root, WEIGHTS):
         return WeightFiles(root, read_header(single))
     if index := find_file(root, INDEX):
         return WeightFiles(root, read_shards(root, index))
+    if single := find_file(root, CONSOLIDATED):
+        return WeightFiles(root, read_header(single))
     raise CheckpointError(no_weights_message(root))
 
 

@@ -1,9 +1,18 @@
-"""LLaMA 1 to 3 (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, grouped keys."""
+"""LLaMA 1 to 3 (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, grouped keys.
+
+Weights may carry transformers' names or Meta's own, which come with a params.json. Meta rotates
+neighbouring columns of a head, so the rows of its wq and wk are put in our order on loading; a
+saved folder has transformers' form.
+"""
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..checkpoints import WeightRule
 from ..config import ModelConfig
+from ..errors import ConfigError
 from .fields import (
     Raw,
     activation,
@@ -51,6 +60,8 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
 
 def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a LLaMA config.json; raises ConfigError for what it cannot mean."""
+    if "dim" in raw and "hidden_size" not in raw:
+        raw = {**raw, **_from_params(raw, names or set())}
     size, heads = count(raw, "hidden_size", 4096), count(raw, "num_attention_heads", 32)
     vocab = count(raw, "vocab_size", 32000)
     head_dim = count(raw, "head_dim", max(size // heads, 1))
@@ -100,8 +111,42 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     return same_again(raw, config, config_from)
 
 
+def _from_params(raw: Raw, names: set[str]) -> dict[str, Any]:
+    """A config.json of Meta's params.json, which leaves the special ids to the tokenizer.
+
+    Its "use_scaled_rope" is Llama 3.1's scaling by 8 unless rope_scaling_factor says otherwise;
+    Llama 3.2 scales by 32, which no params.json tells.
+    """
+    raw = {name: value for name, value in raw.items() if value is not None}
+    if "sliding_window" in raw:
+        raise ConfigError(f"sliding_window is {raw['sliding_window']!r}; LLaMA has none")
+    size, vocab = count(raw, "dim", 4096), raw.get("vocab_size", -1)
+    inner = int(number(raw, "ffn_dim_multiplier", 1.0) * (8 * size // 3))
+    multiple = count(raw, "multiple_of", 256)
+    is_third = isinstance(vocab, int) and vocab > 128_000
+    found = {
+        "hidden_size": size,
+        "num_attention_heads": count(raw, "n_heads", 32),
+        "num_key_value_heads": raw.get("n_kv_heads"),
+        "num_hidden_layers": count(raw, "n_layers", 32),
+        "intermediate_size": -(-inner // multiple) * multiple,
+        "vocab_size": 32_000 if vocab == -1 else vocab,  # -1: as many as the tokenizer has
+        "rms_norm_eps": number(raw, "norm_eps", 1e-5),
+        "max_position_embeddings": raw.get("max_seq_len"),
+        "tie_word_embeddings": "tok_embeddings.weight" in names and "output.weight" not in names,
+        "bos_token_id": 128_000 if is_third else 1,
+        "eos_token_id": [128_001, 128_008, 128_009] if is_third else 2,
+    }
+    if flag(raw, "use_scaled_rope", False):
+        factor = {"factor": number(raw, "rope_scaling_factor", 8.0)}
+        found["rope_scaling"] = {"rope_type": "llama3", "high_freq_factor": 4.0} | factor
+    return found
+
+
 def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     """Which tensor of the file fills which of ours."""
+    if names is not None and "tok_embeddings.weight" in names:
+        return _metas_rules(config)
     prefix = prefixed("model.", names)
     table = [
         WeightRule("embedding.tokens.weight", prefix + "embed_tokens.weight"),
@@ -123,12 +168,45 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     return table
 
 
+def _metas_rules(config: ModelConfig) -> list[WeightRule]:
+    """The table for Meta's own names; nothing is saved under them."""
+
+    def halves(w: Tensor) -> Tensor:  # rows [H][D / 2][2] to [H][2][D / 2]
+        pairs = w.unflatten(0, (-1, config.head_size // 2, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([halves(q), halves(k), v])
+
+    table = [
+        WeightRule("embedding.tokens.weight", "tok_embeddings.weight"),
+        WeightRule("norm.weight", "norm.weight"),
+    ]
+    for i in range(config.decoder_layers):
+        layer = f"layers.{i}."  # on both sides
+        q, k, v = (f"{layer}attention.w{x}.weight" for x in "qkv")
+        table += [
+            WeightRule(layer + "self_attn.in_proj_weight", (q, k, v), packed),
+            *linear(layer + "self_attn.out_proj", layer + "attention.wo", bias=False),
+            *linear(layer + "norm1", layer + "attention_norm", bias=False),
+            *linear(layer + "norm2", layer + "ffn_norm", bias=False),
+            *linear(layer + "linear1", layer + "feed_forward.w1", bias=False),
+            *linear(layer + "gate", layer + "feed_forward.w3", bias=False),
+            *linear(layer + "linear2", layer + "feed_forward.w2", bias=False),
+        ]
+    if not config.tie_embeddings:
+        table.append(WeightRule("lm_head.weight", "output.weight"))
+    return table
+
+
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
     """Rotary frequencies that old files carry."""
-    return {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    return {name for name in names if name.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
 
 
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
     """Names that may repeat another tensor of the file."""
+    if not config.tie_embeddings:
+        return {}
     tokens = prefixed("model.", names) + "embed_tokens.weight"
-    return {"lm_head.weight": tokens} if config.tie_embeddings else {}
+    return {"lm_head.weight": tokens, "output.weight": "tok_embeddings.weight"}
