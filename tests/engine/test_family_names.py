@@ -1,0 +1,109 @@
+"""Other names for the same tensors, and tensors without a use, as files of the hub have them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import tilewise
+from tilewise.errors import ConfigError
+from tilewise.families import FAMILIES
+
+IDS = torch.randint(4, 59, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def written(kind: str, folder: Path, **changes: Any) -> tilewise.Model:
+    """A random model of a family's first example, saved in folder."""
+    torch.manual_seed(0)
+    family = FAMILIES[kind]
+    model = tilewise.Model(tilewise.build(family.config_from(family.EXAMPLES[0] | changes))).eval()
+    model.save(folder)
+    return model
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = change(load_file(path))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    "kind, old, new",
+    [
+        ("gpt_neox", "embed_out.", "lm_head."),
+        ("gpt_neox", "gpt_neox.", ""),
+        ("bloom", "transformer.", ""),
+        ("openai-gpt", "transformer.", ""),
+        ("opt", "model.decoder.", "decoder."),
+        ("opt", "model.decoder.", ""),
+    ],
+)
+def test_prefixes_and_heads(kind: str, old: str, new: str, tmp_path: Path) -> None:
+    model = written(kind, tmp_path)
+    rewrite(tmp_path, lambda found: {n.replace(old, new): t for n, t in found.items()})
+    assert torch.equal(tilewise.load(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "kind, extra",
+    [
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+        ("openai-gpt", "transformer.h.0.attn.bias"),
+        ("openai-gpt", "transformer.position_ids"),
+    ],
+)
+def test_buffers_are_ignored(kind: str, extra: str, tmp_path: Path) -> None:
+    model = written(kind, tmp_path)
+    rewrite(tmp_path, lambda found: found | {extra: torch.zeros(3)})
+    assert torch.equal(tilewise.load(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        ("bloom", "transformer.word_embeddings.weight"),
+        ("openai-gpt", "transformer.tokens_embed.weight"),
+        ("opt", "model.decoder.embed_tokens.weight"),
+    ],
+)
+def test_a_tied_head_may_be_in_the_file_twice(kind: str, tokens: str, tmp_path: Path) -> None:
+    model = written(kind, tmp_path)
+    rewrite(tmp_path, lambda found: found | {"lm_head.weight": found[tokens].clone()})
+    assert torch.equal(tilewise.load(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "kind, wrong",
+    [
+        ("gpt_neox", {"rotary_pct": 1.5}),
+        ("gpt_neox", {"num_attention_heads": 5}),
+        ("gpt_neox", {"use_parallel_residual": 1}),
+        ("bloom", {"n_head": 3}),
+        ("bloom", {"n_head": 0}),
+        ("openai-gpt", {"afn": "gelu_new"}),
+        ("openai-gpt", {"afn": ["gelu"]}),
+        ("opt", {"word_embed_proj_dim": -1}),
+        ("opt", {"enable_bias": "yes"}),
+    ],
+)
+def test_values_that_make_no_sense(kind: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+    written(kind, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": None} | wrong))
+    with pytest.raises(ConfigError):
+        tilewise.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "bloom", "openai-gpt", "opt"])
+def test_a_folder_says_only_what_its_family_can(kind: str, tmp_path: Path) -> None:
+    model = tilewise.build(tilewise.families.gpt2.config_from(FAMILIES["gpt2"].EXAMPLES[1]))
+    fields = model.config.to_dict() | {"model_type": kind}
+    odd = tilewise.build(tilewise.ModelConfig(**fields))
+    with pytest.raises(ConfigError, match=f"a {kind} folder cannot say this"):
+        tilewise.Model(odd).save(tmp_path)
