@@ -35,6 +35,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"n_embd": 20, "n_head": 5, "n_inner": 33, "tie_word_embeddings": False},
     SMALL | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
     SMALL | {"n_embd": 14, "n_head": 1, "n_layer": 1, "scale_attn_weights": False},
+    SMALL | {"architectures": ["GPT2Model"]},
 )
 
 

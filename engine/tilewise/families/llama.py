@@ -55,6 +55,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"num_key_value_heads": 1, "rope_parameters": LLAMA3, "eos_token_id": [2, 3]},
     SMALL | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
     SMALL | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0},
+    SMALL | {"architectures": ["LlamaModel"], "tie_word_embeddings": True},
 )
 
 
