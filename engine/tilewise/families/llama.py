@@ -115,8 +115,8 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 def _from_params(raw: Raw, names: set[str]) -> dict[str, Any]:
     """A config.json of Meta's params.json, which leaves the special ids to the tokenizer.
 
-    Its "use_scaled_rope" is Llama 3.1's scaling by 8 unless rope_scaling_factor says otherwise;
-    Llama 3.2 scales by 32, which no params.json tells.
+    Its "use_scaled_rope" is Llama 3.1's scaling by 8 unless rope_scaling_factor says otherwise: a
+    file of Llama 3.2, which scales by 32, must say so.
     """
     raw = {name: value for name, value in raw.items() if value is not None}
     if "sliding_window" in raw:
