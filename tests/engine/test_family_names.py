@@ -78,6 +78,17 @@ def test_a_tied_head_may_be_in_the_file_twice(kind: str, tokens: str, tmp_path: 
     assert torch.equal(tilewise.load(tmp_path)(IDS).logits, model(IDS).logits)
 
 
+def test_embeddings_of_a_projected_decoder(tmp_path: Path) -> None:
+    """OPT-350M's states leave its stack at the size of its embeddings."""
+    model = written("opt", tmp_path, word_embed_proj_dim=10, do_layer_norm_before=False)
+    found = model.embed(IDS.tolist(), pooling="last", normalize=False)
+    assert found.shape == (2, 10)
+    torch.testing.assert_close(found, model(IDS).last_hidden_state[:, -1])
+    scored = model.score(IDS.tolist())[0].log_probs
+    expected = model(IDS).logits[0, :-1].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(scored), expected)
+
+
 @pytest.mark.parametrize(
     "kind, wrong",
     [

@@ -47,6 +47,11 @@ class Stack(nn.Module):
         if causal and config.embedding_size not in (None, config.hidden_size):
             self.project = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
 
+    @property
+    def output_size(self) -> int:
+        """The last dim of what `run` gives."""
+        return self.config.hidden_size if self.project is None else self.project.out_features
+
     def run(
         self,
         x: Tensor,

@@ -38,7 +38,7 @@ def embed(
         raise ArgumentError(f"{type(model).__name__} has no hidden states to pool")
     check_length("rows", rows, stack.config)
     weight = stack.embedding.tokens.weight
-    vectors = weight.new_empty(len(rows), stack.config.hidden_size)
+    vectors = weight.new_empty(len(rows), stack.output_size)
     pad = stack.config.pad_token_id or 0
     with evaluating(model):
         for batch in by_tokens([len(row) for row in rows], batch_tokens):
