@@ -12,13 +12,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
 #include "attention.h"
 #include "capability.h"
 #include "checks.h"
+#include "dropout.h"
 
 namespace tilewise {
 namespace {
@@ -110,9 +110,22 @@ std::vector<Item> batch_items(const Tensor& q, const Tensor& k, const Scoring& h
   return items;
 }
 
+// Where sequences begin, as int64. In a compiled graph the front has not seen the values.
+Tensor edges_of(const char* name, const Tensor& cu, int64_t total) {
+  const Tensor edges = cu.to(at::kLong).contiguous();
+  const auto* first = edges.const_data_ptr<int64_t>();
+  const auto* last = first + edges.size(0) - 1;
+  const bool fits = *first == 0 && *last == total && std::is_sorted(first, last + 1);
+  TORCH_CHECK_VALUE(fits, "attention_varlen: ", name, " is out of order or range; it must begin ",
+                    "with 0, never fall and end with ", total, ".");
+  return edges;
+}
+
 // Sequence b drops what attention of it alone would with the seed `seed ^ (b << 32)`.
-std::vector<Item> packed_items(const Tensor& cu_q, const Tensor& cu_k, const Optional& seed) {
-  const Tensor edges_q = cu_q.to(at::kLong).contiguous(), edges_k = cu_k.to(at::kLong).contiguous();
+std::vector<Item> packed_items(const Tensor& q_rows, const Tensor& k_rows, const Tensor& cu_q,
+                               const Tensor& cu_k, const Optional& seed) {
+  const Tensor edges_q = edges_of("cu_seqlens_q", cu_q, q_rows.size(0));
+  const Tensor edges_k = edges_of("cu_seqlens_k", cu_k, k_rows.size(0));
   const auto* q = edges_q.const_data_ptr<int64_t>();
   const auto* k = edges_k.const_data_ptr<int64_t>();
   const int64_t drawn = seed ? seed->item<int64_t>() : 0;
@@ -149,8 +162,9 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
   args.softcap = static_cast<float>(how.softcap);
   args.scale = static_cast<float>(how.scale);
   args.dropout = how.dropout_p > 0;
-  args.threshold = static_cast<uint32_t>(std::ceil(how.dropout_p * (1 << 24)));
-  args.kept_scale = how.dropout_p == 1 ? 0.0f : static_cast<float>(1 / (1 - how.dropout_p));
+  const Dropout dropout = dropout_of(0, how.dropout_p);  // each item has a seed of its own
+  args.threshold = dropout.threshold;
+  args.kept_scale = static_cast<float>(dropout.scale);
   return args;
 }
 
@@ -287,7 +301,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(
   const Scoring how{none,  none,  none,    alibi_slopes, seed,     causal,
                     left,  right, softcap, scale,        dropout_p};
   const auto [out, lse] = forward(batch_of_one(q), batch_of_one(k), batch_of_one(v),
-                                  packed_items(cu_q, cu_k, seed), how);
+                                  packed_items(q, k, cu_q, cu_k, seed), how);
   return {out.squeeze(0).transpose(0, 1), lse.squeeze(0)};
 }
 
@@ -300,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
                     left,  right, softcap, scale,        dropout_p};
   const Tensor dq = empty_together(q), dk = empty_together(k), dv = empty_together(v);
   backward(batch_of_one(grad), batch_of_one(q), batch_of_one(k), batch_of_one(v), lse.unsqueeze(0),
-           packed_items(cu_q, cu_k, seed), how, false,
+           packed_items(q, k, cu_q, cu_k, seed), how, false,
            {batch_of_one(dq), batch_of_one(dk), batch_of_one(dv), Tensor()});
   return {dq, dk, dv};
 }

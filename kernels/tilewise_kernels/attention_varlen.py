@@ -285,7 +285,8 @@ def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, lette
     limit = f"max_seqlen_{letter}"
     if longest is not None and not (is_whole(longest) and longest >= 0):  # type: ignore[operator]
         raise fail(NAME, limit, repr(longest), "pass a number >= 0, or None")
-    if not cu.is_cpu or torch.compiler.is_compiling():  # elsewhere the kernels clamp
+    # a GPU's kernels clamp; in a compiled graph the native kernel checks
+    if not cu.is_cpu or torch.compiler.is_compiling():
         return
     edges = cu.tolist()
     lengths = [after - before for before, after in zip(edges, edges[1:], strict=False)]

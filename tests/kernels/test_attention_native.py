@@ -175,6 +175,21 @@ def test_packed_sequences_are_those_of_the_reference(lengths, options, dtype):
         torch.testing.assert_close(found, exact, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize(
+    "edges", [[0, 4, 8], [0, 6, 4], [0, 4, 14], [1, 4, 10], [0, -3, 10]], ids=str
+)
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_bad_cu_seqlens_are_refused_in_a_compiled_graph_too(edges, side, dtype):
+    """There the front cannot read the values, and the kernel would write past the end."""
+    q = normal(10, 2, 16).to(dtype)
+    packed = torch.compile(attention_varlen, backend="aot_eager", fullgraph=True)
+    good = torch.tensor([0, 4, 10])
+    assert torch.equal(packed(q, q, q, good, good), attention_varlen(q, q, q, good, good))
+    cu = {"q": good, "k": good} | {side: torch.tensor(edges)}
+    with pytest.raises(ValueError, match=f"cu_seqlens_{side}"):
+        packed(q, q, q, cu["q"], cu["k"])
+
+
 def test_it_is_chosen_and_leaves_other_dtypes_silently(dtype, recwarn):
     q = normal(2, 2, 64, 16).to(dtype)
     assert explain(attention, q, q, q).implementation == "native"
