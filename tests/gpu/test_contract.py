@@ -128,7 +128,7 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def best(x: Tensor, k: int) -> Tensor:
-    """The scores of log_softmax_topk, which have no gradient."""
+    """The scores of log_softmax_topk without their ids, which have no gradient."""
     return log_softmax_topk(x, k)[0]
 
 
