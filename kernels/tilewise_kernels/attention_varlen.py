@@ -65,9 +65,11 @@ class _Run(NamedTuple):
         return lse[:, self.rows].unflatten(1, (self.sequences, -1)).transpose(0, 1)
 
 
-def _runs(cu_q: Tensor, cu_k: Tensor, together: bool) -> Iterator[_Run]:
+def _runs(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, together: bool) -> Iterator[_Run]:
     """All sequences that have queries and keys; with `together` as few runs as there can be."""
     edges_q, edges_k = cu_q.tolist(), cu_k.tolist()
+    _check_edges("cu_seqlens_q", edges_q, q.shape[0], "q")  # a compiled graph has not
+    _check_edges("cu_seqlens_k", edges_k, k.shape[0], "k")
     first, count = 0, len(edges_q) - 1
     while first < count:
         length = (edges_q[first + 1] - edges_q[first], edges_k[first + 1] - edges_k[first])
@@ -103,7 +105,7 @@ def _by_runs(name: str) -> Implementation:
     ) -> Outputs:
         out = q.new_zeros(*q.shape[:2], v.shape[2])
         lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator(q.dtype))
-        for run in _runs(cu_q, cu_k, together=scoring[1] is None):
+        for run in _runs(q, k, cu_q, cu_k, together=scoring[1] is None):
             tensors = run.batch(q, run.rows), run.batch(k, run.keys), run.batch(v, run.keys)
             part, part_lse = way.forward(*tensors, *_scoring(run, *scoring))
             run.batch(out, run.rows).copy_(part)
@@ -117,7 +119,7 @@ def _by_runs(name: str) -> Implementation:
         *scoring, needs = rest
         wanted = zip((q, k, v), needs, strict=True)
         sums = [x.new_zeros(x.shape) if need else None for x, need in wanted]
-        for run in _runs(cu_q, cu_k, together=scoring[1] is None):
+        for run in _runs(q, k, cu_q, cu_k, together=scoring[1] is None):
             tensors = run.batch(q, run.rows), run.batch(k, run.keys), run.batch(v, run.keys)
             known = run.batch(out, run.rows), run.lse(lse).contiguous()
             given = (run.batch(grad, run.rows), *tensors, *known, *_scoring(run, *scoring))
@@ -200,7 +202,7 @@ def cost(
     """2 Hq (D + Dv) FLOPs for each pair of a query and a key it sees; q, k, v, out moved once."""
     pairs = 0
     reach = 0 if causal else right
-    for run in _runs(cu_q, cu_k, together=True):
+    for run in _runs(q, k, cu_q, cu_k, together=True):
         sq = (run.rows.stop - run.rows.start) // run.sequences
         sk = (run.keys.stop - run.keys.start) // run.sequences
         at = torch.arange(sq) + sk - sq
@@ -285,10 +287,16 @@ def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, lette
     limit = f"max_seqlen_{letter}"
     if longest is not None and not (is_whole(longest) and longest >= 0):  # type: ignore[operator]
         raise fail(NAME, limit, repr(longest), "pass a number >= 0, or None")
-    # a GPU's kernels clamp; in a compiled graph the native kernel checks
+    # a GPU's kernels clamp; in a compiled graph the implementations of a CPU check
     if not cu.is_cpu or torch.compiler.is_compiling():
         return
-    edges = cu.tolist()
+    longest_found = _check_edges(name, cu.tolist(), packed.shape[0], letter)
+    if isinstance(longest, int) and longest_found > longest:
+        raise fail(NAME, limit, longest, f"{name} has a sequence of {longest_found}")
+
+
+def _check_edges(name: str, edges: list[int], total: int, letter: str) -> int:
+    """The longest sequence; raises unless the edges rise from 0 to `total`."""
     lengths = [after - before for before, after in zip(edges, edges[1:], strict=False)]
     if edges[0] != 0:
         raise fail(NAME, name, f"one that begins with {edges[0]}", "it must begin with 0")
@@ -296,11 +304,10 @@ def _check_lengths(name: str, cu: Tensor, packed: Tensor, longest: object, lette
         at = next(i for i, length in enumerate(lengths) if length < 0)
         got = f"falling from {edges[at]} to {edges[at + 1]} at entry {at + 1}"
         raise fail(NAME, name, got, "each entry must be >= the one before")
-    if edges[-1] != packed.shape[0]:
-        takes = f"it must end with {packed.shape[0]}, the rows of {letter}"
+    if edges[-1] != total:
+        takes = f"it must end with {total}, the rows of {letter}"
         raise fail(NAME, name, f"one that ends with {edges[-1]}", takes)
-    if longest is not None and lengths and max(lengths) > longest:
-        raise fail(NAME, limit, longest, f"{name} has a sequence of {max(lengths)}")
+    return max(lengths, default=0)
 
 
 @overload

@@ -339,3 +339,13 @@ def test_bad_input(name, value, message):
     with pytest.raises(ArgumentError, match=message) as error:
         attention_varlen(**GOOD | {name: value})
     assert str(error.value).startswith("attention_varlen: ")
+
+
+@pytest.mark.parametrize("edges", [[0, 4, 8], [0, 6, 4], [0, 4, 14], [1, 4, 10]], ids=str)
+def test_a_compiled_graph_refuses_bad_edges_in_every_way_of_a_cpu(edges):
+    q = torch.randn(10, 2, 16, dtype=torch.float64)
+    packed = torch.compile(attention_varlen, backend="aot_eager", fullgraph=True)
+    good = torch.tensor([0, 4, 10])
+    packed(q, q, q, good, good)
+    with pytest.raises(ValueError, match="cu_seqlens_k"):
+        packed(q, q, q, good, torch.tensor(edges))
