@@ -450,9 +450,11 @@ def test_the_default_dtype_changes_nothing(models) -> None:
         assert torch.equal(found.sequences_scores, expected.sequences_scores)
 
 
-def test_bfloat16_generates(models) -> None:
-    network = copy.deepcopy(models["decoder"]).to(torch.bfloat16)
-    out = generate(network, prompts(5), num_beams=3, max_new_tokens=6)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_other_dtypes_generate(models, dtype: torch.dtype, search: dict) -> None:
+    network = copy.deepcopy(models["decoder"]).to(dtype)
+    out = generate(network, prompts(5), max_new_tokens=6, **search)
     assert out.sequences_scores.dtype == torch.float32 and out.sequences_scores.isfinite().all()
 
 

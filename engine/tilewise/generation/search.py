@@ -132,7 +132,8 @@ def _continuations(
 ) -> tuple[Tensor, Tensor]:
     """The `count` best next tokens of each row [R, V]: log-probabilities and ids [R, count]."""
     if untouched(step, options):
-        return log_softmax_topk(logits, count)
+        best, ids = log_softmax_topk(logits, count)
+        return best.float(), ids
     log_probs = process(torch.log_softmax(logits.float(), -1), history, step, options)
     scores, ids = log_probs.topk(count)
     return scores, ids
@@ -199,10 +200,11 @@ def _likeliest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row [R, V]: the best score by the rules, its token, that one's log-probability."""
     if untouched(step, options):
-        log_probs, tokens = (found[:, 0] for found in log_softmax_topk(logits, 1))
-        return log_probs, tokens, log_probs
+        found, tokens = log_softmax_topk(logits, 1)
+        log_probs = found[:, 0].float()
+        return log_probs, tokens[:, 0], log_probs
     best, tokens = process(logits.float(), history, step, options).max(-1)
-    return best, tokens, -cross_entropy(logits, tokens, reduction="none")
+    return best, tokens, -cross_entropy(logits, tokens, reduction="none").float()
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> Tensor:
