@@ -1,4 +1,4 @@
-"""The one configuration that every model here is assembled from."""
+"""What models are assembled from: ModelConfig of every Transformer, RecurrentConfig of the rest."""
 
 import dataclasses
 import warnings
@@ -115,13 +115,7 @@ class ModelConfig:
             _one_of("masked_head", self.masked_head, ACTIVATIONS)
         self._check_combinations()
         self._check_size()
-        for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0, self.largest_vocab_size - 1)
-        if not isinstance(self.eos_token_id, tuple):
-            raise ConfigError(f"eos_token_id is {self.eos_token_id!r}; it must be a tuple of ids")
-        for token in self.eos_token_id:
-            _whole("eos_token_id", token, 0, self.largest_vocab_size - 1)
+        _check_special_ids(self)
 
     def _check_heads(self) -> None:
         if self.head_dim is not None:
@@ -217,6 +211,10 @@ class ModelConfig:
         return max(self.vocab_size, self.output_vocab_size)
 
     @property
+    def is_seq2seq(self) -> bool:
+        return bool(self.encoder_layers and self.decoder_layers)
+
+    @property
     def position_limit(self) -> int | None:
         """The longest input, where a table of positions has an end."""
         return self.max_positions if self.positions in ("learned", "sinusoidal") else None
@@ -239,6 +237,77 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrentConfig:
+    """Sizes and choices of one recurrent encoder-decoder (Cho et al. 2014, Bahdanau et al. 2015).
+
+    Raises ConfigError when a value is out of range.
+    """
+
+    model_type: str = "tilewise-recurrent"
+    vocab_size: int
+    target_vocab_size: int | None = None  # None: as large as the source's; never one matrix
+    embedding_size: int
+    hidden_size: int  # of one direction
+    readout_size: int  # maxout units before the output projection, the larger of two each
+    bidirectional: bool = True  # the encoder reads the source both ways
+    attention: bool = True  # False: the decoder sees one summary of the whole source
+    attention_size: int | None = None  # None: hidden_size
+    reset: Literal["before", "after"] = "before"  # the recurrent product; after: as cuDNN does
+
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("model_type", self.model_type, ("tilewise-recurrent",))
+        for name in ("vocab_size", "embedding_size", "hidden_size", "readout_size"):
+            _whole(name, getattr(self, name), 1, 2**31 - 1)
+        for name in ("target_vocab_size", "attention_size"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1, 2**31 - 1)
+        _one_of("reset", self.reset, ("before", "after"))
+        _one_of("bidirectional", self.bidirectional, _YES_NO)
+        _one_of("attention", self.attention, _YES_NO)
+        inner = max(self.embedding_size, self.hidden_size, self.readout_size)
+        rows = max(self.largest_vocab_size, 3 * inner, self.attention_size or 0)
+        if rows * 4 * inner > MAX_MATRIX:
+            raise ConfigError(f"sizes of {rows} and {inner} make a matrix that no memory holds")
+        _check_special_ids(self)
+
+    @property
+    def source_size(self) -> int:
+        """Of an encoder's state at one position."""
+        return self.hidden_size * (2 if self.bidirectional else 1)
+
+    @property
+    def context_size(self) -> int:
+        """Of what the decoder reads of the source at each step."""
+        return self.source_size if self.attention else self.hidden_size
+
+    @property
+    def output_vocab_size(self) -> int:
+        """Of the decoder."""
+        return self.target_vocab_size or self.vocab_size
+
+    @property
+    def largest_vocab_size(self) -> int:
+        return max(self.vocab_size, self.output_vocab_size)
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return True
+
+    @property
+    def position_limit(self) -> None:
+        """The longest input: there is none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+AnyConfig = ModelConfig | RecurrentConfig
 _YES_NO = (True, False)
 _CHOICES: dict[str, tuple[str | bool, ...]] = {
     "activation": ACTIVATIONS,
@@ -269,6 +338,16 @@ def _number(name: str, value: object, low: float, high: float) -> None:
 def _one_of(name: str, value: object, choices: tuple[str | bool, ...]) -> None:
     if type(value) is not type(choices[0]) or value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def _check_special_ids(config: AnyConfig) -> None:
+    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+        if getattr(config, name) is not None:
+            _whole(name, getattr(config, name), 0, config.largest_vocab_size - 1)
+    if not isinstance(config.eos_token_id, tuple):
+        raise ConfigError(f"eos_token_id is {config.eos_token_id!r}; it must be a tuple of ids")
+    for token in config.eos_token_id:
+        _whole("eos_token_id", token, 0, config.largest_vocab_size - 1)
 
 
 def usable_ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:

@@ -20,11 +20,11 @@ from .checkpoints import (
     read_config,
     write_folder,
 )
-from .config import ModelConfig, usable_ids
+from .config import AnyConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
-from .models import ModelOutput, Seq2Seq, build
+from .models import AnySeq2Seq, ModelOutput, build
 from .scoring import Score
 from .text import Tokenizer, load_tokenizer
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
         self.generation_defaults = dict(generation_defaults or {})
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> AnyConfig:
         return self.network.config  # type: ignore[return-value]
 
     def forward(
@@ -175,7 +175,7 @@ class Model(nn.Module):
 
     @property
     def _is_seq2seq(self) -> bool:
-        return isinstance(self.network, Seq2Seq)
+        return isinstance(self.network, AnySeq2Seq)
 
     def _ids(self, name: str, inputs: Any, vocab_size: int | None = None) -> list[list[int]]:
         vocab_size = vocab_size or self.config.vocab_size
@@ -239,7 +239,7 @@ def load(
 
 def inspect(
     source: str | os.PathLike[str],
-) -> tuple[ModelConfig, Mapping[str, TensorInfo]]:
+) -> tuple[AnyConfig, Mapping[str, TensorInfo]]:
     """A checkpoint's configuration and what its files say of each tensor, without reading any.
 
     source: as of `load`, whose errors it raises for folders that cannot be read.

@@ -64,8 +64,7 @@ def _outputs(
 ) -> list[list[dict[str, Any]]]:
     out = model.generate(texts, **options)
     assert out.texts is not None  # strings went in
-    seq2seq = model.config.encoder_layers > 0
-    prompts = [1] * len(texts) if seq2seq or model.tokenizer is None else [
+    prompts = [1] * len(texts) if model.config.is_seq2seq or model.tokenizer is None else [
         max(len(ids), 1) for ids in model.tokenizer.encode(texts)
     ]  # fmt: skip
     each = len(out.texts) // len(texts)

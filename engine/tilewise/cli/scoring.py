@@ -3,15 +3,12 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .console import Command, progress, read_records
 from .generate import DTYPES, open_model
-
-if TYPE_CHECKING:
-    from ..pretrained import Model
 
 Record = dict[str, str]
 
@@ -84,7 +81,7 @@ def score(
         contexts = [record.get("context", context or "") for record in batch]
         found = opened.score(
             [record["text"] for record in batch],
-            contexts if any(contexts) or _is_seq2seq(opened) else None,
+            contexts if any(contexts) or opened.config.is_seq2seq else None,
             batch_tokens=batch_tokens,
             stride=stride,
         )
@@ -178,7 +175,3 @@ def fill_mask(
             yield record | {"masks": filled}
 
     print_answers(given, answer)
-
-
-def _is_seq2seq(model: "Model") -> bool:
-    return bool(model.config.encoder_layers and model.config.decoder_layers)

@@ -51,7 +51,7 @@ def translate(
 
     lines = read_texts(texts, file)
     opened = open_model(model, device, dtype)
-    if not (opened.config.encoder_layers and opened.config.decoder_layers):
+    if not opened.config.is_seq2seq:
         raise ArgumentError(f"{model} is no sequence-to-sequence model; use tilewise generate")
     options["num_beams"] = num_beams or max(DEFAULT_BEAMS, n_best)
     options["num_return_sequences"] = n_best

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import AnyConfig
 from ..errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def family_of(raw: Mapping[str, Any]) -> ModuleType:
     return FAMILIES[name]
 
 
-def tensors_to(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_to(config: AnyConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's tensors (as from state_dict()) under its family's names and in its layout.
 
     Where several rules have one source, it is their parts one behind the other, in rule order.

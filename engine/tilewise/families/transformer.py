@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import WeightRule
-from ..config import ModelConfig
+from ..config import AnyConfig, ModelConfig
 from ..errors import ConfigError
 from ..models import build
 
@@ -21,18 +21,25 @@ SHARED = "decoder.embedding.tokens.weight"  # a Seq2Seq's second name for its on
 
 def config_from(raw: Mapping[str, Any], names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a config.json we wrote; keys that are not ours are left alone."""
-    ours = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**own_fields(raw, ModelConfig, ("eos_token_id", "windows")))
+
+
+def own_fields(
+    raw: Mapping[str, Any], kind: type[AnyConfig], lists: tuple[str, ...]
+) -> dict[str, Any]:
+    """The arguments of a configuration class that config.json holds; `lists` become tuples."""
+    ours = {field.name: field for field in dataclasses.fields(kind)}
     values = {name: value for name, value in raw.items() if name in ours}
     required = [name for name, f in ours.items() if f.default is dataclasses.MISSING]
     absent = [name for name in required if name not in values]
     if absent:
         raise ConfigError(f"config.json lacks {', '.join(absent)}, which {raw['model_type']} needs")
-    for name in ("eos_token_id", "windows"):
+    for name in lists:
         value = values.setdefault(name, ())
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name} is {value!r}; it must be a list")
         values[name] = tuple(value)
-    return ModelConfig(**values)
+    return values
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tilewise_kernels.op import autocast_dtype
 
 from ..layers import LayerCache, Memory
 from ..models import Decoder
+from ..models.recurrent import RecurrentDecoder, Source
 
 
 def pad_right(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -166,4 +167,54 @@ class UncachedSteps:
         return self.decoder.lm_head(last)
 
 
-Steps = CachedSteps | UncachedSteps
+class RecurrentSteps:
+    """Steps of a recurrent decoder: all of the past is one state [R, H], moved with its beam.
+
+    prompts: the start token of each source.
+    """
+
+    def __init__(
+        self, decoder: RecurrentDecoder, prompts: list[list[int]], beams: int, source: Source
+    ) -> None:
+        self.decoder, self.beams, self.source = decoder, beams, source
+        self.tokens = torch.tensor(prompts, device=source.start.device)
+        self.state = source.start
+
+    def prompt(self) -> Tensor:
+        """Logits [B, V] of the token after each start token."""
+        readout, state = self.decoder.step(self.tokens[:, 0], self.state, self.source)
+        self.state = state.repeat_interleave(self.beams, 0)
+        return self.decoder.lm_head(readout)
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Append tokens[r] to the hypothesis of row parents[r]: logits [R, V] of what follows."""
+        readout, self.state = self.decoder.step(tokens, self.state[parents], self.source)
+        return self.decoder.lm_head(readout)
+
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with these of the open sentences only [A]."""
+        self.state = self.state.unflatten(0, (-1, self.beams))[sentences].flatten(0, 1)
+        self.source = self.source.select(sentences)
+
+
+class UncachedRecurrentSteps(RecurrentSteps):
+    """The same with the whole past read again each time; here `state` is the ids [R, L] so far."""
+
+    def prompt(self) -> Tensor:
+        """Logits [B, V] of the token after each start token."""
+        logits = self._last_logits(self.tokens, 1)
+        self.state = self.tokens.repeat_interleave(self.beams, 0)
+        return logits
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Append tokens[r] to the hypothesis of row parents[r]: logits [R, V] of what follows."""
+        self.state = torch.cat([self.state[parents], tokens[:, None]], 1)
+        return self._last_logits(self.state, self.beams)
+
+    def _last_logits(self, ids: Tensor, beams: int) -> Tensor:
+        rows = torch.arange(len(ids), device=ids.device) // beams
+        readouts, _ = self.decoder.run(ids, self.source.select(rows))
+        return self.decoder.lm_head(readouts[:, -1])
+
+
+Steps = CachedSteps | UncachedSteps | RecurrentSteps

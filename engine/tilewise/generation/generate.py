@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import AnyConfig
 from ..errors import ArgumentError
-from ..models import Decoder, Seq2Seq, evaluating
+from ..models import AnySeq2Seq, Decoder, RecurrentSeq2Seq, Seq2Seq, evaluating
 from ..models.inputs import check_ids, check_mask
-from .cache import CachedSteps, UncachedSteps, pad_right
+from .cache import (
+    CachedSteps,
+    RecurrentSteps,
+    Steps,
+    UncachedRecurrentSteps,
+    UncachedSteps,
+    pad_right,
+)
 from .options import GenerationOptions, resolve
 from .search import beam_search, greedy_search
 
@@ -50,17 +57,17 @@ def generate(
     """Generate from token ids with greedy (num_beams = 1) or beam search.
 
     input_ids: LongTensor [B, S] (attention_mask [B, S] marks real tokens; padding on either side)
-    or a list of id lists of any lengths; they are prompts of a Decoder, sources of a Seq2Seq.
+    or a list of id lists of any lengths; they are prompts of a Decoder, sources of others.
     options: see GenerationOptions; `defaults` gives way to them. Each prompt runs once, cross
     keys are kept once per sentence, finished sentences leave the batch. The model is put in eval
     mode meanwhile. Raises ArgumentError for bad input before any work, GenerationError for NaN.
     """
-    if not isinstance(model, (Decoder, Seq2Seq)):
+    if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} does not generate; it takes a decoder")
-    config: ModelConfig = model.config
+    config: AnyConfig = model.config
     rows = _ragged("input_ids", input_ids, attention_mask, config)
     longest = max((len(row) for row in rows), default=1)
-    seq2seq = isinstance(model, Seq2Seq)
+    seq2seq = isinstance(model, AnySeq2Seq)
     chosen = resolve(options, defaults or {}, config, 1 if seq2seq else max(longest, 1))
     prompts = _decoder_prompts(rows, chosen, seq2seq)
     if not rows:
@@ -71,20 +78,12 @@ def generate(
 
 
 def _search(
-    model: Decoder | Seq2Seq,
+    model: Decoder | AnySeq2Seq,
     rows: list[list[int]],
     prompts: list[list[int]],
     options: GenerationOptions,
 ) -> GenerationOutput:
-    memories = None
-    decoder = model.decoder if isinstance(model, Seq2Seq) else model
-    if isinstance(model, Seq2Seq):
-        source, lengths = pad_right(rows, decoder.lm_head.weight.device)
-        x = model.encoder.embedding(source, torch.arange(source.shape[1], device=source.device))
-        memories = decoder.remember(model.encoder.run(x, key_lengths=lengths), lengths)
-    kind = CachedSteps if options.use_cache else UncachedSteps
-    new_tokens = options.max_new_tokens or 1
-    steps = kind(decoder, prompts, options.num_beams, new_tokens, memories)
+    steps = _steps(model, rows, prompts, options)
     search = greedy_search if options.num_beams == 1 else beam_search
     found = search(steps, prompts, options)
 
@@ -112,8 +111,30 @@ def _search(
     )
 
 
+def _steps(
+    model: Decoder | AnySeq2Seq,
+    rows: list[list[int]],
+    prompts: list[list[int]],
+    options: GenerationOptions,
+) -> Steps:
+    """The model ready to be fed, its sources read."""
+    if isinstance(model, RecurrentSeq2Seq):
+        source, lengths = pad_right(rows, model.decoder.lm_head.weight.device)
+        real = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
+        recurrent = RecurrentSteps if options.use_cache else UncachedRecurrentSteps
+        return recurrent(model.decoder, prompts, options.num_beams, model.read(source, real))
+    memories = None
+    decoder = model.decoder if isinstance(model, Seq2Seq) else model
+    if isinstance(model, Seq2Seq):
+        source, lengths = pad_right(rows, decoder.lm_head.weight.device)
+        x = model.encoder.embedding(source, torch.arange(source.shape[1], device=source.device))
+        memories = decoder.remember(model.encoder.run(x, key_lengths=lengths), lengths)
+    kind = CachedSteps if options.use_cache else UncachedSteps
+    return kind(decoder, prompts, options.num_beams, options.max_new_tokens or 1, memories)
+
+
 def _ragged(
-    name: str, ids: Prompts, attention_mask: Tensor | None, config: ModelConfig
+    name: str, ids: Prompts, attention_mask: Tensor | None, config: AnyConfig
 ) -> list[list[int]]:
     """Prompts as lists of ids, checked against the vocabulary and the context."""
     if isinstance(ids, Tensor):

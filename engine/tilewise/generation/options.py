@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from ..config import ModelConfig
+from ..config import AnyConfig
 from ..errors import ArgumentError
 
 DEFAULT_NEW_TOKENS = 20
@@ -47,7 +47,7 @@ class GenerationOptions:
 
 
 def resolve(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], config: ModelConfig, prompt_length: int
+    given: Mapping[str, Any], defaults: Mapping[str, Any], config: AnyConfig, prompt_length: int
 ) -> GenerationOptions:
     """Options from the call, else from the checkpoint's generation defaults, else our own.
 
@@ -77,7 +77,7 @@ def resolve(
 
 
 def _with_length(
-    options: GenerationOptions, config: ModelConfig, prompt_length: int
+    options: GenerationOptions, config: AnyConfig, prompt_length: int
 ) -> GenerationOptions:
     limit = config.position_limit or MOST_POSITIONS
     room = limit - prompt_length
@@ -105,7 +105,7 @@ def _with_length(
     return replace(options, max_new_tokens=new, min_new_tokens=least)
 
 
-def _check(options: GenerationOptions, config: ModelConfig) -> None:
+def _check(options: GenerationOptions, config: AnyConfig) -> None:
     vocab = config.output_vocab_size
     _whole("num_beams", options.num_beams, 1, vocab, "the vocabulary")
     _whole("num_return_sequences", options.num_return_sequences, 1, options.num_beams, "num_beams")

@@ -4,11 +4,14 @@ from .attention import LayerCache, Memory, MultiHeadAttention
 from .feed_forward import FeedForward
 from .norm import LayerNorm, RMSNorm, norm_of
 from .positions import Embedding, PositionTerms, StackPositions, alibi_slopes, sinusoids
+from .recurrent import AdditiveAttention, GatedRecurrent
 from .transformer_layer import TransformerLayer
 
 __all__ = [
+    "AdditiveAttention",
     "Embedding",
     "FeedForward",
+    "GatedRecurrent",
     "LayerCache",
     "LayerNorm",
     "Memory",

@@ -80,19 +80,26 @@ def refuse(model_type: str, **arguments: object) -> None:
             raise ArgumentError(f"{name} was given; {model_type} takes none")
 
 
-def padding(attention_mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(key_lengths [R], mask [R, 1, 1, S]) of a 0/1 mask; at most one of them is not None.
-
-    Padding on the right becomes lengths, which cost nothing; any other pattern a bool mask.
-    """
+def real_positions(attention_mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mask as bool [R, S]; None when it is None. ArgumentError unless it has like's shape."""
     if attention_mask is None:
-        return None, None
+        return None
     check_mask("attention_mask", attention_mask, like)
     if attention_mask.device != like.device:
         raise ArgumentError(
             f"attention_mask is on {attention_mask.device}; move it to {like.device}"
         )
-    real = attention_mask != 0
+    return attention_mask != 0
+
+
+def padding(attention_mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(key_lengths [R], mask [R, 1, 1, S]) of a 0/1 mask; at most one of them is not None.
+
+    Padding on the right becomes lengths, which cost nothing; any other pattern a bool mask.
+    """
+    real = real_positions(attention_mask, like)
+    if real is None:
+        return None, None
     lengths = real.sum(1)
     right = torch.arange(like.shape[1], device=like.device) < lengths[:, None]
     if torch.compiler.is_compiling():

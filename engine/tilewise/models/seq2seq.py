@@ -1,4 +1,4 @@
-"""An encoder and a decoder that attends to it: the original Transformer.
+"""Models from a source to a target, and the original Transformer among them.
 
 Shapes: input ids [R, N]; decoder ids [R, S]; logits [R, S, V].
 """
@@ -6,7 +6,7 @@ Shapes: input ids [R, N]; decoder ids [R, S]; logits [R, S, V].
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import AnyConfig, ModelConfig
 from ..errors import ArgumentError, ConfigError
 from .decoder import Decoder
 from .encoder import Encoder
@@ -15,31 +15,22 @@ from .inputs import check_ids, check_labels, refuse
 from .stack import Maps, token_embedding
 
 
-class Seq2Seq(nn.Module):
-    """Encoder and Decoder, usually over one embedding matrix. Source: Vaswani et al. 2017."""
+class SourceToTarget(nn.Module):
+    """What every model with an encoder and a decoder takes and returns; `run` is its own."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: AnyConfig, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        if not (config.encoder_layers and config.decoder_layers):
-            raise ConfigError(
-                f"a Seq2Seq needs both stacks; encoder_layers is {config.encoder_layers} and "
-                f"decoder_layers {config.decoder_layers}"
-            )
-        self.config = config
-        source = token_embedding(config)
-        target = source if config.share_embeddings else token_embedding(config, target=True)
-        self.encoder = Encoder(config, source)
-        self.decoder = Decoder(config, target)
-        self.reset_parameters()
+        self.config, self.encoder, self.decoder = config, encoder, decoder
 
-    def reset_parameters(self) -> None:
-        """Glorot matrices and unit-variance embeddings, the paper's released initialisation."""
-        initialise(self, 0.02)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and "embedding" not in name and "lm_head" not in name:
-                nn.init.xavier_uniform_(parameter)
-        for stack in (self.encoder, self.decoder):
-            nn.init.normal_(stack.embedding.tokens.weight, std=self.config.hidden_size**-0.5)
+    def run(
+        self,
+        source: Tensor,
+        attention_mask: Tensor | None,
+        ids: Tensor,
+        output_attentions: bool,
+    ) -> ModelOutput:
+        """All but the loss, of checked source ids [R, N] and target ids [R, S]."""
+        raise NotImplementedError
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Labels [R, S] to decoder inputs: the start token, then all labels but the last.
@@ -48,7 +39,8 @@ class Seq2Seq(nn.Module):
         """
         padding, start = self.config.pad_token_id or 0, self.config.decoder_start_token_id
         ids = labels.masked_fill(labels == IGNORED_LABEL, padding)
-        if self.config.wrap_labels and labels.shape[1]:
+        wrap = isinstance(self.config, ModelConfig) and self.config.wrap_labels
+        if wrap and labels.shape[1]:
             last = ids.ne(padding).sum(1, keepdim=True) - 1
             return torch.cat([ids.gather(1, last.clamp(min=0)), ids[:, :-1]], 1)
         if start is None:
@@ -88,6 +80,46 @@ class Seq2Seq(nn.Module):
             raise ArgumentError(
                 f"input_ids has {len(source)} rows and decoder_input_ids {len(ids)}; pass as many"
             )
+        out = self.run(source, attention_mask, ids, output_attentions)
+        if labels is not None and out.logits is not None:
+            out.loss = token_loss(out.logits, labels)
+        return out
+
+
+class Seq2Seq(SourceToTarget):
+    """Encoder and Decoder, usually over one embedding matrix. Source: Vaswani et al. 2017."""
+
+    config: ModelConfig
+    encoder: Encoder
+    decoder: Decoder
+
+    def __init__(self, config: ModelConfig) -> None:
+        if not (config.encoder_layers and config.decoder_layers):
+            raise ConfigError(
+                f"a Seq2Seq needs both stacks; encoder_layers is {config.encoder_layers} and "
+                f"decoder_layers {config.decoder_layers}"
+            )
+        source = token_embedding(config)
+        target = source if config.share_embeddings else token_embedding(config, target=True)
+        super().__init__(config, Encoder(config, source), Decoder(config, target))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Glorot matrices and unit-variance embeddings, the paper's released initialisation."""
+        initialise(self, 0.02)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and "embedding" not in name and "lm_head" not in name:
+                nn.init.xavier_uniform_(parameter)
+        for stack in (self.encoder, self.decoder):
+            nn.init.normal_(stack.embedding.tokens.weight, std=self.config.hidden_size**-0.5)
+
+    def run(
+        self,
+        source: Tensor,
+        attention_mask: Tensor | None,
+        ids: Tensor,
+        output_attentions: bool,
+    ) -> ModelOutput:
         read, written = (Maps(), Maps()) if output_attentions else (None, None)
         memory, lengths, mask = self.encoder.encode(source, attention_mask, maps=read)
         x = self.decoder.embedding(ids, self.decoder.embedding.counted(ids, None))
@@ -95,8 +127,6 @@ class Seq2Seq(nn.Module):
             x, memory=memory, memory_lengths=lengths, memory_mask=mask, maps=written
         )
         out = ModelOutput(self.decoder.lm_head(hidden), hidden, encoder_last_hidden_state=memory)
-        if labels is not None and out.logits is not None:
-            out.loss = token_loss(out.logits, labels)
         if read is not None and written is not None:
             out.encoder_attentions = tuple(read.own)
             out.attentions, out.cross_attentions = tuple(written.own), tuple(written.memory)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import AnyConfig
 from ..errors import ArgumentError
 from ..text import Tokenizer
 
@@ -62,7 +62,7 @@ def as_ids(
     return [list(row) for row in inputs]  # type: ignore[arg-type]
 
 
-def check_length(name: str, rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
+def check_length(name: str, rows: Sequence[Sequence[int]], config: AnyConfig) -> None:
     """ArgumentError unless every row has a token and fits the model's positions."""
     for i, row in enumerate(rows):
         if not row:

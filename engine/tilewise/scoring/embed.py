@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..models import Decoder, Encoder, Seq2Seq, evaluating
+from ..models import AnySeq2Seq, Decoder, Encoder, RecurrentEncoder, evaluating
 from .batches import by_tokens, check_length, padded
 
 POOLINGS = ("mean", "cls", "last")
@@ -33,19 +33,23 @@ def embed(
     """
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling is {pooling!r}; pass one of {', '.join(POOLINGS)}")
-    stack = model.encoder if isinstance(model, Seq2Seq) else model
-    if not isinstance(stack, (Encoder, Decoder)):
+    stack = model.encoder if isinstance(model, AnySeq2Seq) else model
+    if not isinstance(stack, (Encoder, Decoder, RecurrentEncoder)):
         raise ArgumentError(f"{type(model).__name__} has no hidden states to pool")
     check_length("rows", rows, stack.config)
-    weight = stack.embedding.tokens.weight
+    embedding = stack if isinstance(stack, RecurrentEncoder) else stack.embedding
+    weight = embedding.tokens.weight
     vectors = weight.new_empty(len(rows), stack.output_size)
     pad = stack.config.pad_token_id or 0
     with evaluating(model):
         for batch in by_tokens([len(row) for row in rows], batch_tokens):
             ids, lengths = padded([rows[i] for i in batch], weight.device, pad)
             real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-            x = stack.embedding(ids, stack.embedding.counted(ids, real))
-            hidden = stack.run(x, key_lengths=lengths)
+            if isinstance(stack, RecurrentEncoder):
+                hidden = stack(ids, real)
+            else:
+                x = stack.embedding(ids, stack.embedding.counted(ids, real))
+                hidden = stack.run(x, key_lengths=lengths)
             vectors[torch.tensor(batch)] = pooled(hidden, lengths, pooling).to(weight.dtype)
     if normalize:
         vectors = torch.nn.functional.normalize(vectors.float(), dim=-1).to(weight.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tilewise_kernels import cross_entropy
 
 from ..errors import ArgumentError
-from ..models import Decoder, Seq2Seq, evaluating
+from ..models import AnySeq2Seq, Decoder, RecurrentDecoder, evaluating
 from .batches import by_tokens, check_length, padded
 
 LOGITS = 2**25  # elements that are held at a time
@@ -78,16 +78,16 @@ def score(
     padding included. stride: texts longer than the model's positions are scored in windows, each
     this many tokens further; None: half the positions. Raises ArgumentError.
     """
-    if not isinstance(model, (Decoder, Seq2Seq)):
+    if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} has no next token to score; use fill_mask")
     if contexts is None:
-        if isinstance(model, Seq2Seq):
+        if isinstance(model, AnySeq2Seq):
             raise ArgumentError("contexts is not given; a seq2seq model scores targets of sources")
         contexts = [[] for _ in texts]
     if len(contexts) != len(texts):
         raise ArgumentError(f"contexts has {len(contexts)} rows and texts {len(texts)}; as many")
     with evaluating(model):
-        if isinstance(model, Seq2Seq):
+        if isinstance(model, AnySeq2Seq):
             return _score_targets(model, texts, contexts, batch_tokens)
         return _score_continuations(model, texts, contexts, batch_tokens, stride)
 
@@ -138,7 +138,7 @@ def _windows(
 
 
 def _score_targets(
-    model: Seq2Seq,
+    model: AnySeq2Seq,
     texts: Sequence[Sequence[int]],
     sources: Sequence[Sequence[int]],
     batch_tokens: int,
@@ -163,7 +163,7 @@ def _score_targets(
     return scores
 
 
-def log_probs(decoder: Decoder, hidden: Tensor, targets: Tensor) -> list[float]:
+def log_probs(decoder: Decoder | RecurrentDecoder, hidden: Tensor, targets: Tensor) -> list[float]:
     """log P [nats] of targets [N], each from its hidden state [N, E]; few logits at a time."""
     rows = max(LOGITS // decoder.config.output_vocab_size, 1)
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
