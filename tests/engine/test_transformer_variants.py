@@ -1,0 +1,197 @@
+"""The original Transformer as the paper, fairseq and OpenNMT-py build it, against torch.nn's layers
+with sinusoids and positions written out here.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import tilewise
+from tilewise.config import ModelConfig
+from tilewise.errors import CheckpointError, ConfigError
+from tilewise.families.transformer import VARIANTS, variant
+from tilewise.models import Seq2Seq
+
+V, E, HEADS, FFN, LAYERS = 17, 12, 3, 20, 2
+SIZES: dict = {
+    "vocab_size": V,
+    "hidden_size": E,
+    "num_heads": HEADS,
+    "ffn_size": FFN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "max_positions": 32,
+}
+PRE_NORM = {"paper": False, "fairseq": False, "fairseq-pre-norm": True, "opennmt": True}
+PAD = 1
+
+
+def made(name: str, **changes: object) -> Seq2Seq:
+    network = Seq2Seq(variant(name, **(SIZES | changes)))
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in network.named_parameters():
+        mean = float("norm" in key and key.endswith("weight"))
+        nn.init.normal_(parameter, mean, 0.4, generator=generator)
+    return network.eval()
+
+
+def sine(name: str, position: int) -> list[float]:
+    """The row of one position, column by column."""
+    row = []
+    for column in range(E):
+        if name.startswith("fairseq"):  # sines, then cosines; the last pair turns once in 10000
+            pair, is_cosine = column % (E // 2), column >= E // 2
+            rate = 10000 ** (-pair / (E // 2 - 1))
+        else:
+            pair, is_cosine = divmod(column, 2)
+            rate = 10000 ** (-2 * pair / E)
+        row.append(math.cos(position * rate) if is_cosine else math.sin(position * rate))
+    return row
+
+
+def embedded(name: str, matrix: Tensor, ids: list[int]) -> Tensor:
+    """[1, S, E] of one row without padding."""
+    first = PAD + 1 if name.startswith("fairseq") else 0
+    table = torch.tensor([sine(name, first + i) for i in range(len(ids))])
+    return (matrix[ids] * math.sqrt(E) + table)[None]
+
+
+def reference(name: str, network: Seq2Seq, source: list[int], target: list[int]) -> Tensor:
+    """Logits [S, V] of one pair by torch.nn's layers."""
+    state, pre = network.state_dict(), PRE_NORM[name]
+    eps = 1e-6 if name == "opennmt" else 1e-5
+    options = {"batch_first": True, "norm_first": pre, "layer_norm_eps": eps}
+    read = nn.TransformerEncoderLayer(E, HEADS, FFN, 0.0, **options)
+    written = nn.TransformerDecoderLayer(E, HEADS, FFN, 0.0, **options)
+    ends = (nn.LayerNorm(E, eps), nn.LayerNorm(E, eps)) if pre else (None, None)
+    encoder = nn.TransformerEncoder(read, LAYERS, ends[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(written, LAYERS, ends[1])
+    for side, stack in (("encoder.", encoder), ("decoder.", decoder)):
+        stack.load_state_dict({key: state[side + key] for key in stack.state_dict()})
+        stack.eval()
+    own = state["decoder.embedding.tokens.weight"]
+    memory = encoder(embedded(name, state["encoder.embedding.tokens.weight"], source))
+    ahead = torch.ones(len(target), len(target), dtype=torch.bool).triu(1)
+    hidden = decoder(embedded(name, own, target), memory, tgt_mask=ahead)[0]
+    if name == "opennmt":
+        return hidden @ state["decoder.lm_head.weight"].t() + state["decoder.lm_head.bias"]
+    return hidden @ own.t()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_what_torchs_layers_make(name: str, side: str) -> None:
+    network = made(name, pad_token_id=PAD)
+    sources, target = [[5, 9, 4, 16], [7, 7, 12]], [2, 8, 6, 11, 3]
+    ids, mask = torch.full((2, 4), PAD), torch.zeros(2, 4, dtype=torch.int64)
+    if side == "left" and not name.startswith("fairseq"):
+        sources[1] = [7, 7, 12, 5]  # their positions count columns
+    for i, row in enumerate(sources):
+        place = slice(0, len(row)) if side == "right" else slice(4 - len(row), 4)
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    with torch.no_grad():
+        out = network(ids, mask, decoder_input_ids=torch.tensor([target, target]))
+        for i, source in enumerate(sources):
+            expected = reference(name, network, source, target)
+            torch.testing.assert_close(out.logits[i], expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_generates_from_its_own_start(name: str) -> None:
+    start = {"paper": 0, "fairseq": 2, "fairseq-pre-norm": 2, "opennmt": 2}[name]
+    more = {"decoder_start_token_id": 0} if name == "paper" else {}
+    network, source = made(name, **more), [5, 9, 4, 16]
+    options = {"max_new_tokens": 5, "eos_token_id": []}
+    out = tilewise.Model(network).generate([source, [3, 3]], **options)
+    tokens = [start]
+    with torch.no_grad():
+        for _ in range(5):
+            tokens.append(int(reference(name, network, source, tokens)[-1].argmax()))
+    assert out.sequences[0].tolist() == tokens
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_survives_its_folder(name: str, tmp_path: Path) -> None:
+    network = made(name)
+    tilewise.Model(network).save(tmp_path)
+    again = tilewise.load(tmp_path)
+    assert again.config == network.config
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[key], tensor), key
+
+
+def fairseqs(network: Seq2Seq) -> dict[str, Tensor]:
+    """The tensors of a model under the names that fairseq gives them, repeated ones included."""
+    state, found = network.state_dict(), {}
+    for side in ("encoder", "decoder"):
+        for i in range(LAYERS):
+            ours, theirs = f"{side}.layers.{i}.", f"{side}.layers.{i}."
+            parts = {"self_attn": "self_attn", "multihead_attn": "encoder_attn"}
+            for mine, other in list(parts.items())[: 1 if side == "encoder" else 2]:
+                for kind in ("weight", "bias"):
+                    q, k, v = state[f"{ours}{mine}.in_proj_{kind}"].clone().chunk(3)
+                    out = state[f"{ours}{mine}.out_proj.{kind}"]
+                    for letter, part in (("q", q), ("k", k), ("v", v), ("out", out)):
+                        found[f"{theirs}{other}.{letter}_proj.{kind}"] = part
+            norms = ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]
+            if side == "encoder":
+                del norms[1]
+            pairs = [(f"norm{n}", other) for n, other in enumerate(norms, 1)]
+            for mine, other in [*pairs, ("linear1", "fc1"), ("linear2", "fc2")]:
+                for kind in ("weight", "bias"):
+                    found[f"{theirs}{other}.{kind}"] = state[f"{ours}{mine}.{kind}"]
+        for kind in ("weight", "bias"):
+            if network.config.final_norm:
+                found[f"{side}.layer_norm.{kind}"] = state[f"{side}.norm.{kind}"]
+        found[f"{side}.embed_tokens.weight"] = state[f"{side}.embedding.tokens.weight"]
+        found[f"{side}.version"] = torch.tensor([3.0])
+        found[f"{side}.embed_positions._float_tensor"] = torch.zeros(1)
+    found["decoder.output_projection.weight"] = state["decoder.lm_head.weight"]
+    return {key: tensor.clone().contiguous() for key, tensor in found.items()}
+
+
+def fairseq_folder(network: Seq2Seq, tensors: dict[str, Tensor], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(network.config.to_dict()))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["fairseq", "fairseq-pre-norm"])
+@pytest.mark.parametrize("shared", ["all", "decoder", "none"])
+def test_fairseqs_names_are_read(name: str, shared: str, tmp_path: Path) -> None:
+    ties = {"share_embeddings": shared == "all", "tie_embeddings": shared != "none"}
+    if shared != "all":
+        ties["target_vocab_size"] = V - 2
+    network = made(name, **ties)
+    fairseq_folder(network, fairseqs(network), tmp_path)
+    again = tilewise.load(tmp_path).network
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    tilewise.Model(again).save(tmp_path / "ours")
+    assert tilewise.load(tmp_path / "ours").config == network.config
+
+
+def test_fairseqs_repeated_tensors_must_be_equal(tmp_path: Path) -> None:
+    network = made("fairseq")
+    tensors = fairseqs(network)
+    tensors["decoder.output_projection.weight"][0, 0] += 1
+    fairseq_folder(network, tensors, tmp_path)
+    with pytest.raises(CheckpointError, match="decoder.output_projection.weight.*differs"):
+        tilewise.load(tmp_path)
+
+
+def test_positions_follow_the_padding_id() -> None:
+    assert variant("fairseq", **SIZES).position_offset == 2
+    assert variant("fairseq", **SIZES, pad_token_id=4).position_offset == 5
+    assert isinstance(variant("opennmt", **SIZES, num_kv_heads=1), ModelConfig)
+
+
+def test_unknown_variants_are_named() -> None:
+    with pytest.raises(ConfigError, match="the variant is 'marian'; it must be one of paper, fair"):
+        variant("marian", **SIZES)
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        variant("fairseq", **SIZES, pad_token_id=None)
