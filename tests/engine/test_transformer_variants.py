@@ -125,49 +125,86 @@ def test_a_variant_survives_its_folder(name: str, tmp_path: Path) -> None:
         assert torch.equal(again.network.state_dict()[key], tensor), key
 
 
-def fairseqs(network: Seq2Seq) -> dict[str, Tensor]:
-    """The tensors of a model under the names that fairseq gives them, repeated ones included."""
-    state, found = network.state_dict(), {}
+FAIRSEQS = {
+    "multihead_attn": "encoder_attn",
+    "linear1": "fc1",
+    "linear2": "fc2",
+    "out_proj": "out_proj",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "norms": {
+        "encoder": ["self_attn_layer_norm", "final_layer_norm"],
+        "decoder": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    },
+    "encoder": "encoder.layers",
+    "decoder": "decoder.layers",
+    "tokens": "embed_tokens",
+    "beside": ["version", "embed_positions._float_tensor"],
+    "head": "decoder.output_projection",
+}
+OPENNMTS = {
+    "multihead_attn": "context_attn",
+    "linear1": "feed_forward.w_1",
+    "linear2": "feed_forward.w_2",
+    "out_proj": "final_linear",
+    "q": "linear_query",
+    "k": "linear_keys",
+    "v": "linear_values",
+    "norms": {
+        "encoder": ["layer_norm", "feed_forward.layer_norm"],
+        "decoder": ["layer_norm_1", "layer_norm_2", "feed_forward.layer_norm"],
+    },
+    "encoder": "encoder.transformer",
+    "decoder": "decoder.transformer_layers",
+    "tokens": "embeddings.make_embedding.emb_luts.0",
+    "beside": ["embeddings.make_embedding.pe.pe"],
+    "head": "generator",
+}
+
+
+def renamed(network: Seq2Seq, words: dict) -> dict[str, Tensor]:
+    """The tensors of a model under another program's names, repeated ones included."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in network.state_dict().items():
+        side, *middle, kind = key.split(".")
+        if key.endswith("tokens.weight"):
+            found[f"{side}.{words['tokens']}.weight"] = tensor
+        elif "lm_head" in key:
+            found[f"{words['head']}.{kind}"] = tensor
+        elif middle == ["norm"]:
+            found[f"{side}.layer_norm.{kind}"] = tensor
+        else:
+            number, part, *last = middle[1:]
+            start = f"{words[side]}.{number}."
+            if part.startswith("norm"):
+                found[f"{start}{words['norms'][side][int(part[4:]) - 1]}.{kind}"] = tensor
+            elif kind.startswith("in_proj"):
+                for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    name = f"{start}{words.get(part, part)}.{words[letter]}"
+                    found[f"{name}.{kind.removeprefix('in_proj_')}"] = rows
+            else:
+                inner = ".".join(words.get(each, each) for each in (part, *last))
+                found[f"{start}{inner}.{kind}"] = tensor
     for side in ("encoder", "decoder"):
-        for i in range(LAYERS):
-            ours, theirs = f"{side}.layers.{i}.", f"{side}.layers.{i}."
-            parts = {"self_attn": "self_attn", "multihead_attn": "encoder_attn"}
-            for mine, other in list(parts.items())[: 1 if side == "encoder" else 2]:
-                for kind in ("weight", "bias"):
-                    q, k, v = state[f"{ours}{mine}.in_proj_{kind}"].clone().chunk(3)
-                    out = state[f"{ours}{mine}.out_proj.{kind}"]
-                    for letter, part in (("q", q), ("k", k), ("v", v), ("out", out)):
-                        found[f"{theirs}{other}.{letter}_proj.{kind}"] = part
-            norms = ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]
-            if side == "encoder":
-                del norms[1]
-            pairs = [(f"norm{n}", other) for n, other in enumerate(norms, 1)]
-            for mine, other in [*pairs, ("linear1", "fc1"), ("linear2", "fc2")]:
-                for kind in ("weight", "bias"):
-                    found[f"{theirs}{other}.{kind}"] = state[f"{ours}{mine}.{kind}"]
-        for kind in ("weight", "bias"):
-            if network.config.final_norm:
-                found[f"{side}.layer_norm.{kind}"] = state[f"{side}.norm.{kind}"]
-        found[f"{side}.embed_tokens.weight"] = state[f"{side}.embedding.tokens.weight"]
-        found[f"{side}.version"] = torch.tensor([3.0])
-        found[f"{side}.embed_positions._float_tensor"] = torch.zeros(1)
-    found["decoder.output_projection.weight"] = state["decoder.lm_head.weight"]
+        found |= {f"{side}.{name}": torch.ones(1) for name in words["beside"]}
     return {key: tensor.clone().contiguous() for key, tensor in found.items()}
 
 
-def fairseq_folder(network: Seq2Seq, tensors: dict[str, Tensor], folder: Path) -> None:
+def write(network: Seq2Seq, tensors: dict[str, Tensor], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(network.config.to_dict()))
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["fairseq", "fairseq-pre-norm"])
+@pytest.mark.parametrize("name", ["fairseq", "fairseq-pre-norm", "opennmt"])
 @pytest.mark.parametrize("shared", ["all", "decoder", "none"])
-def test_fairseqs_names_are_read(name: str, shared: str, tmp_path: Path) -> None:
+def test_names_of_other_programs_are_read(name: str, shared: str, tmp_path: Path) -> None:
     ties = {"share_embeddings": shared == "all", "tie_embeddings": shared != "none"}
     if shared != "all":
         ties["target_vocab_size"] = V - 2
     network = made(name, **ties)
-    fairseq_folder(network, fairseqs(network), tmp_path)
+    words = OPENNMTS if name == "opennmt" else FAIRSEQS
+    write(network, renamed(network, words), tmp_path)
     again = tilewise.load(tmp_path).network
     for key, tensor in network.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
@@ -175,13 +212,20 @@ def test_fairseqs_names_are_read(name: str, shared: str, tmp_path: Path) -> None
     assert tilewise.load(tmp_path / "ours").config == network.config
 
 
-def test_fairseqs_repeated_tensors_must_be_equal(tmp_path: Path) -> None:
+def test_repeated_tensors_must_be_equal(tmp_path: Path) -> None:
     network = made("fairseq")
-    tensors = fairseqs(network)
+    tensors = renamed(network, FAIRSEQS)
     tensors["decoder.output_projection.weight"][0, 0] += 1
-    fairseq_folder(network, tensors, tmp_path)
+    write(network, tensors, tmp_path)
     with pytest.raises(CheckpointError, match="decoder.output_projection.weight.*differs"):
         tilewise.load(tmp_path)
+
+
+def test_opennmts_older_output_is_read(tmp_path: Path) -> None:
+    network = made("opennmt")
+    write(network, renamed(network, OPENNMTS | {"head": "generator.0"}), tmp_path)
+    again = tilewise.load(tmp_path).network.state_dict()
+    assert torch.equal(again["decoder.lm_head.bias"], network.decoder.lm_head.bias)
 
 
 def test_positions_follow_the_padding_id() -> None:

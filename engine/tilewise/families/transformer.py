@@ -1,11 +1,12 @@
 """The original Transformer (Vaswani et al. 2017): no Hugging Face class, so the format is ours.
 
-config.json holds ModelConfig's own fields; tensors keep the names of our state_dict, or fairseq's.
+config.json holds ModelConfig's own fields; tensors keep the names of our state_dict. Where a
+file has fairseq's or OpenNMT-py's names instead, these are read.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from ..checkpoints import WeightRule
 from ..config import AnyConfig, ModelConfig
 from ..errors import ConfigError
 from ..models import build
-from .tables import linear, seq2seq_layers
+from .tables import attention, linear, seq2seq_layers
 
 MODEL_TYPES = ("tilewise-transformer",)
 EXAMPLES: tuple[dict[str, Any], ...] = ()  # transformers has no such class
@@ -42,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
     },
 }
+FAIRSEQ_TOKENS = "embed_tokens"
+OPENNMT_TOKENS = "embeddings.make_embedding.emb_luts.0"
 SHARED = "decoder.embedding.tokens.weight"  # a Seq2Seq's second name for its one embedding
 
 
@@ -90,9 +93,9 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
-    """Every tensor under its own name, but for those that repeat another; or from fairseq's."""
-    if _is_fairseq(names):
-        return _fairseq_rules(config)
+    """Every tensor under its own name, but for those that repeat another."""
+    if others := _names_elsewhere(names):
+        return _embedding_rules(config, others) + _layer_rules(config, others)
     if names is None:
         with torch.device("meta"):
             names = set(build(config).state_dict())
@@ -103,35 +106,77 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
-    """Marks without values that fairseq's files hold; a file of ours holds just our tensors."""
-    marks = (".version", ".embed_positions._float_tensor")
-    return {name for name in names if _is_fairseq(names) and name.endswith(marks)}
+    """What fairseq's and OpenNMT's files hold beside weights; a file of ours holds just those."""
+    marks = (".version", ".embed_positions._float_tensor", ".make_embedding.pe.pe")
+    return {name for name in names if _names_elsewhere(names) and name.endswith(marks)}
 
 
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
-    """Repeated tensors are left out when saving; fairseq's files hold them."""
-    if not _is_fairseq(names):
+    """Repeated tensors are left out when saving; fairseq's and OpenNMT's files hold them."""
+    others = _names_elsewhere(names)
+    if others is None:
         return {}
-    source, target = (f"{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
-    found = {target: source} if config.share_embeddings else {}
+    found = {others.target: others.source} if config.share_embeddings else {}
     if config.tie_embeddings:
-        found["decoder.output_projection.weight"] = source if config.share_embeddings else target
+        tokens = others.source if config.share_embeddings else others.target
+        found[others.head + ".weight"] = tokens
     return found
 
 
-def _is_fairseq(names: set[str] | None) -> bool:
-    return names is not None and "encoder.embed_tokens.weight" in names
+class _Names(NamedTuple):
+    """What another program calls the embeddings of each side and the output projection."""
+
+    source: str
+    target: str
+    head: str
 
 
-def _fairseq_rules(config: ModelConfig) -> list[WeightRule]:
-    table = seq2seq_layers(config, "")
-    for side in ("encoder",) if config.share_embeddings else ("encoder", "decoder"):
-        tokens = f"{side}.embedding.tokens.weight"
-        table.append(WeightRule(tokens, f"{side}.embed_tokens.weight"))
+def _names_elsewhere(names: set[str] | None) -> _Names | None:
+    """fairseq's names or OpenNMT-py's, where the file has them."""
+    for inner, head in ((FAIRSEQ_TOKENS, "decoder.output_projection"), (OPENNMT_TOKENS, "")):
+        source, target = f"encoder.{inner}.weight", f"decoder.{inner}.weight"
+        if names is not None and source in names:
+            old = "generator.0.weight" in names  # the last of OpenNMT's was a Sequential
+            return _Names(source, target, head or ("generator.0" if old else "generator"))
+    return None
+
+
+def _embedding_rules(config: ModelConfig, names: _Names) -> list[WeightRule]:
+    table = [WeightRule("encoder.embedding.tokens.weight", names.source)]
+    if not config.share_embeddings:
+        table.append(WeightRule("decoder.embedding.tokens.weight", names.target))
+    head = linear("decoder.lm_head", names.head)
+    return table + head[int(config.tie_embeddings) : 1 + int(config.output_bias)]
+
+
+def _layer_rules(config: ModelConfig, names: _Names) -> list[WeightRule]:
+    table = []
     if config.final_norm:
-        table += linear("encoder.norm", "encoder.layer_norm")
-        table += linear("decoder.norm", "decoder.layer_norm")
-    if not config.tie_embeddings:
-        head = "decoder.output_projection.weight"
-        table.append(WeightRule("decoder.lm_head.weight", head))
+        for side in ("encoder", "decoder"):
+            table += linear(f"{side}.norm", f"{side}.layer_norm")
+    if FAIRSEQ_TOKENS in names.source:
+        return table + seq2seq_layers(config, "")
+    for i in range(config.encoder_layers):
+        ours, theirs = f"encoder.layers.{i}.", f"encoder.transformer.{i}."
+        table += _opennmt_attention(ours + "self_attn", theirs + "self_attn", config.of_encoder)
+        table += linear(ours + "norm1", theirs + "layer_norm")
+        table += _opennmt_feed_forward(ours, theirs, "norm2")
+    for i in range(config.decoder_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"decoder.transformer_layers.{i}."
+        table += _opennmt_attention(ours + "self_attn", theirs + "self_attn", config)
+        table += _opennmt_attention(ours + "multihead_attn", theirs + "context_attn", config)
+        table += linear(ours + "norm1", theirs + "layer_norm_1")
+        table += linear(ours + "norm2", theirs + "layer_norm_2")
+        table += _opennmt_feed_forward(ours, theirs, "norm3")
     return table
+
+
+def _opennmt_attention(ours: str, theirs: str, config: ModelConfig) -> list[WeightRule]:
+    sources = [f"{theirs}.linear_{part}" for part in ("query", "keys", "values")]
+    return attention(ours, sources, theirs + ".final_linear", config)
+
+
+def _opennmt_feed_forward(ours: str, theirs: str, norm: str) -> list[WeightRule]:
+    inner = theirs + "feed_forward."
+    first, second = linear(ours + "linear1", inner + "w_1"), linear(ours + "linear2", inner + "w_2")
+    return first + second + linear(ours + norm, inner + "layer_norm")
