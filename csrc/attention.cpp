@@ -121,8 +121,10 @@ class Forward {
   void finish(const Item& item, const Block& block) {
     for (int64_t i = 0; i < block.size(); ++i) {
       const Row row = row_of(args_, item, block, i);
-      const float factor = sum_[i] == 0.0f ? 0.0f : args_.kept_scale / sum_[i];
-      write_row(out_.data() + i * args_.value_dim, factor, args_.value_dim,
+      float* const out = out_.data() + i * args_.value_dim;
+      const bool dead = sum_[i] == 0.0f;  // its out is NaN where a value that it hides is
+      if (dead) std::fill_n(out, args_.value_dim, 0.0f);
+      write_row(out, dead ? 0.0f : args_.kept_scale / sum_[i], args_.value_dim,
                 rows_of<T>(args_.out, item, item.q_row + row.row, row.head));
       const float base = peak_[i] == kLowest ? 0.0f : peak_[i];
       *rows_of<float>(args_.lse, item, item.q_row + row.row, row.head) = base + std::log(sum_[i]);
@@ -254,7 +256,9 @@ class Backward {
     const bool half = kPerWord<T> == 2;
     const T* const ds = reinterpret_cast<const T*>(half ? ds_rows_.data() : dscores_.data());
     keys_.by_rows(ds, stride_, rows, block.first, block.last, dq_.data(), args_.head_dim, false);
-    for (int64_t i = 0; i < block.size(); ++i) write_dq(item, block, i, args_.scale);
+    for (int64_t i = 0; i < block.size(); ++i) {
+      write_dq(item, block, i, dead_[i] ? 0.0f : args_.scale);
+    }
     add_keys(queries_t_.data(), args_.head_dim, half ? ds_words_.data() : dscores_.data(), rows,
              block, sums);
     add_keys(grads_t_.data(), args_.value_dim, half ? p_words_.data() : scores_.data(), rows, block,

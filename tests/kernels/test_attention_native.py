@@ -156,6 +156,20 @@ def test_logits_of_1e4_over_several_tiles(dtype):
         assert error.quantile(0.99) < tolerance, name  # two keys that nearly tie are apart
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_dead_row_stays_zero_beside_keys_that_are_not_finite(poison, dtype):
+    q, k, v = qkv(dtype, (2, 1), (40, 600), B=1)
+    k[:, :, 5] = v[:, :, 5] = poison
+    mask = torch.ones(40, 600, dtype=torch.bool)
+    mask[3] = False
+    q.requires_grad_()
+    with force("native"):
+        out = attention(q, k, v, mask=mask)
+        out.sum().backward()
+    assert (out[:, :, 3] == 0).all() and (q.grad[:, :, 3] == 0).all()
+    assert out[:, :, 4].isnan().all()
+
+
 @pytest.mark.parametrize("lengths", [[40, 1, 0, 600, 64], [7]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.2}], ids=str)
 def test_packed_sequences_are_those_of_the_reference(lengths, options, dtype):
