@@ -273,13 +273,13 @@ def bounds(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, 
 
 
 def check_numbers(op: str, scale: object, softcap: object, dropout_p: object) -> None:
-    """Raise ArgumentError unless scale is finite, softcap above 0, dropout_p within [0, 1]."""
+    """Raise ArgumentError unless scale is finite, softcap 1e-30..1e30, dropout_p within [0, 1]."""
     if scale is not None:
         is_number(op, "scale", scale)
     if softcap is not None:
         is_number(op, "softcap", softcap)
-        if softcap <= 0:  # type: ignore[operator]
-            raise fail(op, "softcap", softcap, "pass a number above 0, or None")
+        if not 1e-30 <= softcap <= 1e30:  # type: ignore[operator]  # float32 has its inverse too
+            raise fail(op, "softcap", softcap, "pass a number of 1e-30 to 1e30, or None")
     is_probability(op, "dropout_p", dropout_p)
 
 
@@ -343,8 +343,8 @@ def attention(
     causal: key j is seen by query i when j <= i'. window: (left, right), key j is seen when
     i' - left <= j <= i' + right; None = unbounded. key_lengths: [B] int, the number of real keys;
     what lies past them is never read into the result, NaN included.
-    alibi_slopes: [Hq], finite, no gradient; a score loses slope * |j - i'|. softcap: a positive
-    number; scores, before all that is added, become softcap * tanh(score / softcap).
+    alibi_slopes: [Hq], finite, no gradient; a score loses slope * |j - i'|. softcap: 1e-30 to
+    1e30; scores, before all that is added, become softcap * tanh(score / softcap).
     scale: multiplies q k^T; 1 / sqrt(D) when None. dropout_p: 0 to 1; each probability is zeroed
     with it, others are divided by 1 - dropout_p; torch.manual_seed governs which.
     Returns out [B, Hq, Sq, Dv] in q's dtype, and with return_lse also the log-sum-exp of the scores

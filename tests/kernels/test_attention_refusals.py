@@ -30,6 +30,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"window": (1.5, 0)}, r"window is \(1.5, 0\)"),
     ({"window": (True, 0)}, r"window is \(True, 0\)"),
     ({"softcap": 0.0}, "softcap is 0.0"),
+    ({"softcap": 1e-50}, "softcap is 1e-50"),
+    ({"softcap": 1e39}, r"softcap is 1e\+39"),
     ({"softcap": -1}, "softcap is -1"),
     ({"softcap": math.nan}, "softcap is NaN"),
     ({"softcap": "1"}, "softcap is '1'"),

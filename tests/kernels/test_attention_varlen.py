@@ -327,7 +327,7 @@ def test_what_a_caller_cannot_change_warns_nobody(options, monkeypatch):
     ("return_lse", None, "pass True or False"),
     ("window", 3, "pass \\(left, right\\)"),
     ("window", (1, -2), "pass \\(left, right\\)"),
-    ("softcap", 0.0, "above 0"),
+    ("softcap", 0.0, "1e-30 to 1e30"),
     ("softcap", NAN, "finite"),
     ("scale", INF, "finite"),
     ("dropout_p", 1.5, "probability"),
