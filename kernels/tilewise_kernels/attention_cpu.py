@@ -285,7 +285,9 @@ def _flash(
     """One call of the kernel. It writes lse 0 for rows with no key; ours is -inf."""
     out, lse = flash_cpu(q, k, v, 0.0, given.causal, attn_mask=mask, scale=scale)
     if mask is not None and not (lse.abs() > 0).all():  # reading the mask costs more
-        lse = lse.masked_fill(_dead(mask, q.shape[2], given.causal), -torch.inf)
+        dead = _dead(mask, q.shape[2], given.causal)
+        lse = lse.masked_fill(dead, -torch.inf)
+        out = out.masked_fill(dead[..., None], 0)  # NaN where a value that it hides is
     return out, lse
 
 
