@@ -1,5 +1,6 @@
 """Text to token ids and back. Knows no model."""
 
-from tilewise.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from .files import load_tokenizer
+from .tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]

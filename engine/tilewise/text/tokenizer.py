@@ -1,35 +1,47 @@
-"""Tokenizer files -> tokenizer, on the `tokenizers` library, which does the work in Rust.
+"""The tokenizer, on the `tokenizers` library, which does the work in Rust.
 
-Two kinds of files are read: tokenizer.json, which describes a tokenizer of any kind in full, and
-the older pair vocab.json + merges.txt of GPT-2, a byte-level BPE (Radford et al. 2019; BPE:
-Sennrich et al. 2016). A character tokenizer can be made from texts. Written is tokenizer.json.
+It comes from files (files.py), or is trained here on texts. Written is tokenizer.json, and the
+tokenizer_config.json that it was read with.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tilewise.errors import TokenizerError
 
-TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-MAX_FILE_BYTES = 200_000_000
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+SIDES = ("left", "right")
 TRAINED_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
 
 
 class Tokenizer:
-    """Encodes and decodes batches of text. Made by load_tokenizer or train_tokenizer."""
+    """Encodes and decodes batches of text. Made by load_tokenizer or train_tokenizer.
 
-    def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
+    padding_side, truncation_side: "left" or "right", as its tokenizer_config.json says; padding is
+    for whoever makes a batch.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, origin: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
         backend.no_truncation()  # a tokenizer.json may ask for either; cutting text is for callers
         backend.no_padding()
         self._backend = backend
+        self._keep(origin, settings)
+
+    def _keep(self, origin: str, settings: Mapping[str, Any] | None) -> None:
         self._origin = origin
+        self._settings = dict(settings or {})
+        self.padding_side = side("padding_side", self._settings.get("padding_side", "right"))
+        self.truncation_side = side(
+            "truncation_side", self._settings.get("truncation_side", "right")
+        )
 
     @cached_property
     def vocab_size(self) -> int:
@@ -40,15 +52,31 @@ class Tokenizer:
         """The id of a token such as "</s>", None when the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        truncation_side: str | None = None,
+    ) -> list[list[int]]:
         """One list of ids per text, with the special tokens that the tokenizer adds.
 
-        Special tokens written out in a text become those tokens, as in Hugging Face. Raises
-        TokenizerError for anything but a list of strings, and for text that is not valid Unicode.
+        Special tokens written out in a text become those tokens, as in Hugging Face. max_length:
+        longer texts lose tokens at truncation_side ("left" or "right"; None: the tokenizer's own),
+        never the special tokens that are added. Raises TokenizerError for anything but a list of
+        strings, for text that is not valid Unicode, and for a max_length without room for text.
         """
         check_texts(texts)
-        with reporting(self._origin):
-            return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+        if max_length is None:
+            with reporting(self._origin):
+                return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+        cut = side("truncation_side", truncation_side or self.truncation_side)
+        room = room_for_text(max_length, self._backend.num_special_tokens_to_add(False))
+        with reporting(self._origin):  # the library's own setting would outlast this call
+            bare = self._backend.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in bare:
+                encoding.truncate(room, direction=cut)
+            return [self._backend.post_process(encoding).ids for encoding in bare]
 
     def encode_after(
         self, contexts: Sequence[str], texts: Sequence[str]
@@ -88,31 +116,10 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of what load_tokenizer needs to make this tokenizer again."""
-        return {TOKENIZER: self._backend.to_str(pretty=True).encode()}
+        return {TOKENIZER: self._backend.to_str(pretty=True).encode()} | self._settings_file()
 
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder, None when the folder has no tokenizer files.
-
-    Raises TokenizerError naming the file that is damaged, or missing from the GPT-2 pair.
-    """
-    root = Path(folder)
-    if os.path.lexists(root / TOKENIZER):
-        path = readable(root / TOKENIZER)
-        with reporting(str(path)):
-            return checked(tokenizers.Tokenizer.from_buffer(path.read_bytes()), str(path))
-    present = [name for name in (VOCAB, MERGES) if os.path.lexists(root / name)]
-    if not present:
-        return None
-    if len(present) == 1:
-        raise TokenizerError(
-            f"{root} has {present[0]} alone; a tokenizer takes {VOCAB} and {MERGES}, or "
-            f"{TOKENIZER}. Fetch the missing file"
-        )
-    vocab, merges = readable(root / VOCAB), readable(root / MERGES)
-    origin = f"{vocab} with {merges}"
-    with reporting(origin):
-        return checked(byte_level_bpe(vocab, merges), origin)
+    def _settings_file(self) -> dict[str, bytes]:
+        return {CONFIG: json.dumps(self._settings, indent=2).encode()} if self._settings else {}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
@@ -164,30 +171,6 @@ def byte_pairs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return backend
 
 
-def byte_level_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([END_OF_TEXT])
-    return backend
-
-
-def checked(backend: tokenizers.Tokenizer, origin: str) -> Tokenizer:
-    """Runs the tokenizer once: some damage, such as in its template, shows only then."""
-    tokenizer = Tokenizer(backend, origin)
-    tokenizer.decode(tokenizer.encode(["a"]))
-    return tokenizer
-
-
-def readable(path: Path) -> Path:
-    if not path.is_file():  # a folder, a device, a pipe or a broken link
-        raise TokenizerError(f"{path} is not a regular file. Put the tokenizer's file there")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    return path
-
-
 @contextmanager
 def reporting(origin: str) -> Iterator[None]:
     """Turns the library's errors into TokenizerError.
@@ -201,6 +184,21 @@ def reporting(origin: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise TokenizerError(f"{origin} does not work: {error}. Fetch the file again") from error
+
+
+def side(name: str, value: object) -> str:
+    if value not in SIDES:
+        raise TokenizerError(f"{name} is {value!r}; takes left or right")
+    return str(value)
+
+
+def room_for_text(max_length: int, added: int) -> int:
+    if type(max_length) is not int or max_length <= added:
+        raise TokenizerError(
+            f"max_length is {max_length!r}; the special tokens alone are {added}, so pass a whole "
+            f"number from {added + 1}"
+        )
+    return max_length - added
 
 
 def check_texts(texts: Sequence[str]) -> None:

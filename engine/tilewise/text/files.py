@@ -1,0 +1,115 @@
+"""Tokenizer files of a checkpoint folder -> tokenizer.
+
+tokenizer.json describes a tokenizer of any kind in full and goes before all others. Older folders
+have vocab.txt (WordPiece), vocab.json with merges.txt (BPE), or models of the sentencepiece
+library, and say in tokenizer_config.json, special_tokens_map.json and added_tokens.json what those
+files leave out.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tilewise.errors import TokenizerError
+
+from .pieces import MARIAN, MODELS, load_pieces
+from .tokenizer import CONFIG, TOKENIZER, Tokenizer, reporting
+from .vocabularies import byte_pair, content, word_piece
+
+VOCAB, MERGES, WORDS = "vocab.json", "merges.txt", "vocab.txt"
+MAX_FILE_BYTES = 200_000_000
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder, None when the folder has no tokenizer files.
+
+    Raises TokenizerError naming the file that is damaged or missing, and when a sentencepiece model
+    is there without the sentencepiece package.
+    """
+    root = Path(folder)
+    there = {
+        name
+        for name in (TOKENIZER, VOCAB, MERGES, WORDS, *MARIAN, *MODELS)
+        if os.path.lexists(root / name)  # a broken link is an error, not an absent file
+    }
+    if not there:
+        return None
+    config = read_settings(root / CONFIG)
+    if TOKENIZER in there:
+        path = readable(root / TOKENIZER)
+        with reporting(str(path)):
+            return checked(tokenizers.Tokenizer.from_buffer(path.read_bytes()), str(path), config)
+    if there & {*MARIAN, *MODELS}:
+        names = MARIAN if there & {*MARIAN} else [name for name in MODELS if name in there][:1]
+        wanted = [*names, VOCAB] if names == MARIAN else names
+        found = {name: readable(root / name).read_bytes() for name in wanted}
+        return load_pieces(found, folder_settings(root, config), kind_of(root, config), str(root))
+    return from_vocabulary(root, there, config)
+
+
+def from_vocabulary(root: Path, there: set[str], config: dict[str, Any]) -> Tokenizer:
+    settings, kind = folder_settings(root, config), kind_of(root, config)
+    if {VOCAB, MERGES} <= there:
+        vocab, merges = readable(root / VOCAB), readable(root / MERGES)
+        origin = f"{vocab} with {merges}"
+        with reporting(origin):
+            return checked(byte_pair(vocab, merges, settings, kind), origin, config)
+    if WORDS in there:
+        words = readable(root / WORDS)
+        with reporting(str(words)):
+            return checked(word_piece(words, settings), str(words), config)
+    raise TokenizerError(
+        f"{root} has {min(there)} alone; a tokenizer takes {VOCAB} and {MERGES}, or "
+        f"{TOKENIZER}. Fetch the missing file"
+    )
+
+
+def folder_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json, completed by the two files that it took the place of."""
+    if "added_tokens_decoder" in config:
+        return config
+    special = read_settings(root / "special_tokens_map.json")
+    added = read_settings(root / "added_tokens.json")
+    known = {content(value) for value in special.values() if isinstance(value, (str, dict))}
+    tokens = {
+        index: {"content": token, "special": token in known, "normalized": token not in known}
+        for token, index in added.items()
+    }
+    return config | special | {"added_tokens_decoder": tokens}
+
+
+def kind_of(root: Path, config: dict[str, Any]) -> str:
+    """The class that wrote the files, without "Tokenizer"; else config.json's model_type."""
+    named = str(config.get("tokenizer_class") or "")
+    named = named.removesuffix("Fast").removesuffix("Tokenizer").removesuffix("TokenizersBackend")
+    if named and named != "PreTrained":
+        return named.lower()
+    return str(read_settings(root / "config.json").get("model_type", "")).lower()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        return {}
+    with reporting(str(path)):
+        found = json.loads(readable(path).read_bytes())
+        if not isinstance(found, dict):
+            raise TokenizerError(f"{path} holds no JSON object. Fetch the file again")
+        return found
+
+
+def checked(backend: tokenizers.Tokenizer, origin: str, config: dict[str, Any]) -> Tokenizer:
+    """Runs the tokenizer once: some damage, such as in its template, shows only then."""
+    tokenizer = Tokenizer(backend, origin, config)
+    tokenizer.decode(tokenizer.encode(["a"]))
+    return tokenizer
+
+
+def readable(path: Path) -> Path:
+    if not path.is_file():  # a folder, a device, a pipe or a broken link
+        raise TokenizerError(f"{path} is not a regular file. Put the tokenizer's file there")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise TokenizerError(f"{path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    return path

@@ -1,0 +1,495 @@
+"""Vocabulary files and sentencepiece models: ids equal transformers' own, and damage is named."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilewise.errors import TokenizerError
+from tilewise.text import Tokenizer, load_tokenizer
+
+CORPUS = [
+    "the seventeenth of March, 2019",
+    "half past three in the Afternoon",
+    "two hundred na\u00efve caf\u00e9s, 30% off!",
+    "\u5348\u5f8c3\u664230\u5206 \u5e74",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "a",
+    "  two  spaces\tand\na line \u00a0",
+    "\u00c9cole na\u0131ve e\u0301 \u1e9b\u0323",
+    "\U0001f600\u200d\U0001f469 emoji",
+    "1234567890 3.14",
+    "don't stop -- it's",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0645\u0631\u062d\u0628\u0627",
+    "zzz \ufffd \u0007 \u200b",
+    "x" * 150,
+]
+BERT_WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the half past three ##s ##eenth sevent of march March two cafe "
+    "caf\u00e9 naive in after ##noon , % ! ' - a \u5348 \u5e74 3 ##0 2 x ##x"
+).split()
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """Tables as NAME.json."""
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def loaded(folder: Path) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def reloaded(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    folder.mkdir()
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+    return loaded(folder)
+
+
+def assert_same(tokenizer: Tokenizer, oracle: Any, texts: list[str] = TEXTS) -> None:
+    assert tokenizer.encode(texts) == [oracle(text)["input_ids"] for text in texts]
+    for side in ("left", "right"):
+        oracle.truncation_side = side
+        cut = [oracle(text, truncation=True, max_length=6)["input_ids"] for text in texts]
+        assert tokenizer.encode(texts, max_length=6, truncation_side=side) == cut
+
+
+def assert_same_pairs(tokenizer: Tokenizer, oracle: Any) -> None:
+    real = [text for text in TEXTS if text]  # transformers takes an empty second text for none
+    pairs = list(zip(real, real[1:], strict=False))
+    for (ids, types), pair in zip(tokenizer.encode_pairs(pairs), pairs, strict=True):
+        expected = oracle(*pair, return_token_type_ids=True)
+        assert (ids, types) == (expected["input_ids"], expected["token_type_ids"])
+
+
+# vocab.txt
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "strip_accents": False},
+        {"tokenize_chinese_chars": False},
+        {"mask_token": {"content": "[MASK]", "lstrip": True, "__type": "AddedToken"}},
+        {"additional_special_tokens": ["<new>"], "padding_side": "left"},
+    ],
+    ids=str,
+)
+def test_bert(bert: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
+    write(bert, tokenizer_config=config | {"tokenizer_class": "BertTokenizer"})
+    tokenizer = loaded(bert)
+    oracle = transformers.BertTokenizer.from_pretrained(bert)
+    texts = [*TEXTS, "the [MASK] of [SEP]", "half <new> three"]
+    assert_same(tokenizer, oracle, texts)
+    assert_same_pairs(tokenizer, oracle)
+    again = reloaded(tokenizer, tmp_path / "again")
+    assert again.encode(texts) == tokenizer.encode(texts)
+    assert again.padding_side == tokenizer.padding_side == config.get("padding_side", "right")
+
+
+def test_bert_decodes(bert: Path) -> None:
+    tokenizer = loaded(bert)
+    (ids,) = tokenizer.encode(["The Seventeenth of March"])
+    assert tokenizer.decode([ids]) == ["the seventeenth of march"]
+
+
+def test_bert_added_tokens(bert: Path) -> None:
+    import transformers
+
+    count = len(BERT_WORDS)
+    write(
+        bert,
+        added_tokens={"<b>": count + 1, "<a>": count},
+        special_tokens_map={"pad_token": "<a>", "mask_token": {"content": "[MASK]"}},
+    )
+    tokenizer = loaded(bert)
+    assert [tokenizer.token_to_id(token) for token in ("<a>", "<b>")] == [count, count + 1]
+    oracle = transformers.BertTokenizer.from_pretrained(bert)
+    assert_same(tokenizer, oracle, [*TEXTS, "the<b>half <a> [MASK]"])
+
+
+def test_bert_added_tokens_decoder(bert: Path) -> None:
+    import transformers
+
+    decoder = {
+        "4": {"content": "[MASK]", "lstrip": True, "special": True},
+        str(len(BERT_WORDS)): {"content": "Half Past", "normalized": True, "single_word": True},
+    }
+    write(bert, tokenizer_config={"added_tokens_decoder": decoder})
+    texts = [*TEXTS, "the  [MASK] half past three", "half pasts"]
+    assert_same(loaded(bert), transformers.BertTokenizer.from_pretrained(bert), texts)
+
+
+# vocab.json and merges.txt
+
+
+def write_byte_level(folder: Path, specials: list[str]) -> Path:
+    from tokenizers import ByteLevelBPETokenizer
+
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(
+        CORPUS * 4, vocab_size=320, special_tokens=specials, show_progress=False
+    )
+    trainer.save_model(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_prefix_space": True},
+        {"add_bos_token": True, "add_prefix_space": True, "pad_token": "<pad>"},
+    ],
+    ids=str,
+)
+def test_gpt2(tmp_path: Path, config: dict[str, Any]) -> None:
+    import transformers
+
+    write_byte_level(tmp_path, ["<|endoftext|>"])
+    write(tmp_path, tokenizer_config=config | {"tokenizer_class": "GPT2Tokenizer"})
+    oracle = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    assert_same(loaded(tmp_path), oracle, [*TEXTS, "half<|endoftext|> past"])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_opt(tmp_path: Path, named: bool) -> None:
+    import transformers
+
+    write_byte_level(tmp_path, ["<s>", "<pad>", "</s>", "<unk>"])
+    names = {name: "</s>" for name in ("bos_token", "eos_token", "unk_token")}
+    config = names | {"pad_token": "<pad>", "add_bos_token": True}
+    write(tmp_path, tokenizer_config=config | {"tokenizer_class": "GPT2Tokenizer"})
+    oracle = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    if not named:
+        write(tmp_path, config={"model_type": "opt"})
+        (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = loaded(tmp_path)
+    assert tokenizer.encode(["a"])[0][0] == tokenizer.token_to_id("</s>")
+    assert_same(tokenizer, oracle)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}},
+        {"tokenizer_config": {"tokenizer_class": "BartTokenizerFast", "add_prefix_space": True}},
+        {"config": {"model_type": "roberta"}},
+        {
+            "config": {"model_type": "bart"},
+            "special_tokens_map": {"mask_token": {"content": "<mask>", "lstrip": True}},
+        },
+    ],
+    ids=str,
+)
+def test_roberta_and_bart(tmp_path: Path, files: dict[str, Any]) -> None:
+    import transformers
+
+    write_byte_level(tmp_path, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    write(tmp_path, **files)
+    oracle = transformers.RobertaTokenizer.from_pretrained(tmp_path)
+    tokenizer = loaded(tmp_path)
+    assert_same(tokenizer, oracle, [*TEXTS, "half <mask> past"])
+    assert_same_pairs(tokenizer, oracle)
+
+
+def test_gpt1(tmp_path: Path) -> None:
+    import transformers
+
+    vocab = ["<unk>", *"abcdefghijklmnoprstuvwxyz,3", *(f"{c}</w>" for c in "aefhnrst,3")]
+    merges = [("t", "h"), ("th", "e</w>"), ("r", "e"), ("a", "l")]
+    write(tmp_path, vocab={token: i for i, token in enumerate([*vocab, *map("".join, merges)])})
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines)
+    write(tmp_path, config={"model_type": "openai-gpt"})
+    tokenizer = loaded(tmp_path)
+    assert_same(tokenizer, transformers.OpenAIGPTTokenizer.from_pretrained(tmp_path))
+    assert tokenizer.decode(tokenizer.encode(["The  stra"])) == ["the stra"]
+
+
+def test_any_bytes_round_trip(byte_level: Tokenizer) -> None:
+    draw = random.Random(0)
+    rows = [draw.randbytes(draw.randrange(25)) for _ in range(10_000)]
+    # As they are, as text of every byte's own character, and as any characters at all.
+    texts = [row.decode(errors="replace") for row in rows]
+    texts += [row.decode("latin-1") for row in rows]
+    texts += [row.decode("utf-32", errors="replace") for row in rows]
+    assert byte_level.decode(byte_level.encode(texts)) == texts
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return loaded(write_byte_level(tmp_path_factory.mktemp("bytes"), ["<|endoftext|>"]))
+
+
+# Cutting
+
+
+@pytest.mark.parametrize("length", [0, 2, -1, 2.0, True, "9"])
+def test_no_room_for_text(bert: Path, length: Any) -> None:
+    with pytest.raises(TokenizerError, match="max_length is .* from 3"):
+        loaded(bert).encode(["a"], max_length=length)
+
+
+def test_sides_come_from_the_file(bert: Path) -> None:
+    write(bert, tokenizer_config={"truncation_side": "left", "padding_side": "left"})
+    tokenizer = loaded(bert)
+    assert (tokenizer.truncation_side, tokenizer.padding_side) == ("left", "left")
+    assert tokenizer.encode(["half past"], max_length=3) == tokenizer.encode(["past"])
+    assert len(tokenizer.encode(["half past three"])[0]) == 5
+    with pytest.raises(TokenizerError, match="truncation_side is 'top'; takes left or right"):
+        tokenizer.encode(["a"], max_length=5, truncation_side="top")
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.txt", b"", "has no \\[CLS\\]|does not work"),
+        ("vocab.txt", b"\xff\xfe", "vocab.txt does not work"),
+        ("vocab.txt", b"[CLS]\n[SEP]\na\n", "has no .UNK."),
+        ("tokenizer_config.json", b"[" * 5000, "tokenizer_config.json does not work"),
+        ("tokenizer_config.json", b"[]", "holds no JSON object"),
+        ("tokenizer_config.json", b'{"do_lower_case": "yes"}', "does not work"),
+        ("tokenizer_config.json", b'{"padding_side": []}', "padding_side is"),
+        ("tokenizer_config.json", b'{"unk_token": 3}', "a special token is 3"),
+        ("tokenizer_config.json", b'{"cls_token": "\\ud800"}', "does not work"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "does not work"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "a"}}', "does not work"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"999": "q"}}', "gets the id"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": 4}', "does not work"),
+        ("special_tokens_map.json", b'{"cls_token": {"content": []}}', "a special token is"),
+        ("added_tokens.json", b'{"q": "w"}', "does not work"),
+        ("added_tokens.json", b'{"q": 1e400}', "does not work"),
+        ("added_tokens.json", b"\x00", "added_tokens.json does not work"),
+    ],
+)
+def test_damaged_files(bert: Path, name: str, content: bytes, message: str) -> None:
+    (bert / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(bert)
+
+
+def test_code_in_settings_does_nothing(bert: Path) -> None:
+    plain = loaded(bert).encode(TEXTS)
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    write(bert, tokenizer_config={"auto_map": {"AutoTokenizer": "evil.Tok"}, "vocab_file": "/etc/x",
+                                  "chat_template": template})  # fmt: skip
+    assert loaded(bert).encode(TEXTS) == plain
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer_config.json", "added_tokens.json"])
+def test_only_regular_files(bert: Path, name: str) -> None:
+    (bert / name).unlink(missing_ok=True)
+    (bert / name).symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match=f"{name} is not a regular file"):
+        load_tokenizer(bert)
+
+
+# sentencepiece
+
+
+TRAINING = [text * 3 for text in [*CORPUS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"]]
+SPECIALS = {
+    "t5": {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    "llama": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True},
+    "mbart": {"unk_id": 0, "bos_id": 1, "eos_id": 2},
+}
+
+
+def train(kind: str, **more: Any) -> bytes:
+    import io
+
+    spm = pytest.importorskip("sentencepiece", reason="the sentencepiece extra is not installed")
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING * 4),
+        model_writer=model,
+        **{"vocab_size": 90, "hard_vocab_limit": False, "normalization_rule_name": "identity"}
+        | {"minloglevel": 2, "character_coverage": 1.0}
+        | SPECIALS[kind]
+        | more,
+    )
+    return model.getvalue()
+
+
+def pieces(model: bytes) -> Any:
+    import sentencepiece
+
+    loaded_model = sentencepiece.SentencePieceProcessor()
+    loaded_model.LoadFromSerializedProto(model)
+    return loaded_model
+
+
+def scored(model: Any) -> list[tuple[str, float]]:
+    return [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
+
+
+@pytest.mark.parametrize("extra_ids", [100, 3, 0])
+def test_t5(tmp_path: Path, extra_ids: int) -> None:
+    import transformers
+
+    model = train("t5")
+    (tmp_path / "spiece.model").write_bytes(model)
+    write(tmp_path, tokenizer_config={"extra_ids": extra_ids, "tokenizer_class": "T5Tokenizer"})
+    tokenizer, library = loaded(tmp_path), pieces(model)
+    assert tokenizer.encode(TEXTS) == [[*library.encode(text), 1] for text in TEXTS]
+    assert tokenizer.vocab_size == len(library) + extra_ids
+    extra = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids))]
+    oracle = transformers.T5Tokenizer(vocab=[*scored(library), *extra], extra_ids=extra_ids)
+    texts = [*CORPUS, "", "half <extra_id_0> past<extra_id_2>", "a</s>b"]
+    assert_same(tokenizer, oracle, texts)
+    ids = tokenizer.encode(["half<extra_id_1> past"])
+    assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
+    again = reloaded(tokenizer, tmp_path / "again")
+    assert again.encode(texts) == tokenizer.encode(texts)
+    assert again.files() == tokenizer.files()
+
+
+def test_llama(tmp_path: Path) -> None:
+    kept = {"model_type": "bpe", "remove_extra_whitespaces": False, "vocab_size": 400}
+    model = train("llama", **kept)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer, library = loaded(tmp_path), pieces(model)
+    assert tokenizer.encode(TEXTS) == [[1, *library.encode(text)] for text in TEXTS]
+    assert tokenizer.decode(tokenizer.encode(TEXTS)) == TEXTS
+    (row,) = tokenizer.encode(["half</s>past"])
+    assert row[row.index(2) + 1] == library.piece_to_id("p") or not library.id_to_piece(
+        row[row.index(2) + 1]
+    ).startswith("\u2581")
+    write(tmp_path, tokenizer_config={"add_bos_token": False, "add_eos_token": True})
+    assert loaded(tmp_path).encode(["half"]) == [[*library.encode("half"), 2]]
+    joined = tokenizer.encode_after(["half past ", ""], ["three \U0001f600", "half"])
+    assert [ids for ids, _ in joined] == tokenizer.encode(["half past three \U0001f600", "half"])
+    assert [tokenizer.decode([ids[n:]])[0].strip() for ids, n in joined] == [
+        "three \U0001f600",
+        "half",
+    ]
+
+
+def test_mbart(tmp_path: Path) -> None:
+    import transformers
+
+    model = train("mbart")
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
+    write(tmp_path, config={"model_type": "mbart"}, tokenizer_config={"src_lang": "ro_RO"})
+    tokenizer, library = loaded(tmp_path), pieces(model)
+    first = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    codes = transformers.models.mbart.tokenization_mbart.FAIRSEQ_LANGUAGE_CODES
+    last = [(code, 0.0) for code in [*codes, "<mask>"]]
+    vocab = [*first, *scored(library)[3:], *last]
+    oracle = transformers.MBartTokenizer(vocab=vocab, src_lang="ro_RO")
+    assert_same(tokenizer, oracle, [*CORPUS, "", "half <mask> past"])
+    ids = tokenizer.encode(CORPUS)
+    assert all(row[-2:] == [2, tokenizer.token_to_id("ro_RO")] for row in ids)
+    assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
+    assert reloaded(tokenizer, tmp_path / "again").encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+def write_marian(folder: Path) -> Path:
+    source, target = train("mbart"), train("mbart", vocab_size=80)
+    tokens = [piece for model in (source, target) for piece, _ in scored(pieces(model))[3:]]
+    tokens = ["</s>", "<unk>", *dict.fromkeys(tokens), ">>fr<<", "<pad>"]
+    (folder / "source.spm").write_bytes(source)
+    (folder / "target.spm").write_bytes(target)
+    return write(folder, vocab={token: i for i, token in enumerate(tokens)})
+
+
+def test_marian(tmp_path: Path) -> None:
+    import transformers
+
+    write_marian(tmp_path)
+    tokenizer = loaded(tmp_path)
+    oracle = transformers.MarianTokenizer.from_pretrained(tmp_path)
+    texts = [*TEXTS, ">>fr<< half past", ">>fr<<half"]
+    assert_same(tokenizer, oracle, texts)
+    ids = tokenizer.encode(CORPUS)
+    assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
+    assert reloaded(tokenizer, tmp_path / "again").encode(texts) == tokenizer.encode(texts)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "spiece.model").write_bytes(b"model")
+    with pytest.raises(TokenizerError, match=r"pip install 'tilewise\[sentencepiece\]'"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_unknown_numbering(tmp_path: Path) -> None:
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"model")
+    write(tmp_path, config={"model_type": "camembert"})
+    with pytest.raises(TokenizerError, match="of camembert, whose numbering is not known"):
+        load_tokenizer(tmp_path)
+
+
+DAMAGED = """
+import pathlib, sys
+from tilewise.errors import TokenizerError
+from tilewise.text import load_tokenizer
+folder = pathlib.Path(sys.argv[1])
+model = (folder / "good").read_bytes()
+cases = [model[:n] for n in range(0, len(model), 41)]
+cases += [model[:n] + b"\\xff" + model[n + 1 :] for n in range(0, len(model), 37)]
+for content in cases:
+    (folder / "spiece.model").write_bytes(content)
+    try:
+        load_tokenizer(folder).encode(["half past"])
+    except TokenizerError:
+        pass
+"""
+
+
+def test_damaged_models(tmp_path: Path) -> None:
+    """In a process of its own: the library is C++, and a crash must fail this test alone."""
+    (tmp_path / "good").write_bytes(train("t5"))
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b'{"</s>": -1, "<unk>": 1}'),
+        ("vocab.json", b"[]"),
+        ("vocab.json", b'{"</s>": 0}'),
+        ("source.spm", b""),
+        ("target.spm", b"\xff" * 99),
+    ],
+)
+def test_damaged_marian(tmp_path: Path, name: str, content: bytes) -> None:
+    (write_marian(tmp_path) / name).write_bytes(content)
+    with pytest.raises(TokenizerError):
+        load_tokenizer(tmp_path)
+
+
+def test_half_a_marian(tmp_path: Path) -> None:
+    (write_marian(tmp_path) / "target.spm").unlink()
+    with pytest.raises(TokenizerError, match="target.spm is not a regular file"):
+        load_tokenizer(tmp_path)
