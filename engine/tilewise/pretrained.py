@@ -123,30 +123,39 @@ class Model(nn.Module):
         before, after = [ids[:n] for ids, n in found], [ids[n:] for ids, n in found]
         return scoring.score(self.network, after, before, **options)
 
-    def embed(self, texts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> Tensor:
-        """One vector per text [R, E]. options: pooling, normalize, batch_tokens; see
-        tilewise.scoring.embed. Raises ArgumentError, TokenizerError.
+    def embed(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        truncate: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """One vector per text [R, E]. truncate: strings longer than the model's positions are cut
+        by the tokenizer. options: pooling, normalize, batch_tokens; see tilewise.scoring.embed.
+        Raises ArgumentError, TokenizerError.
         """
-        return scoring.embed(self.network, self._ids("texts", texts), **options)
+        return scoring.embed(self.network, self._ids("texts", texts, truncate=truncate), **options)
 
     def fill_mask(
         self,
         texts: Sequence[str] | Sequence[Sequence[int]],
         *,
         mask_token_id: int | None = None,
+        truncate: bool = False,
         **options: Any,
     ) -> list[list[list[scoring.Filling]]]:
         """For each text, for each mask token written in it, the likeliest tokens, best first.
 
-        mask_token_id: the tokenizer's [MASK] or <mask> when None. options: top_k, batch_tokens;
-        see tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
+        mask_token_id: the tokenizer's [MASK] or <mask> when None. truncate: strings longer than the
+        model's positions are cut by the tokenizer. options: top_k, batch_tokens; see
+        tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
         """
         if mask_token_id is None:
             named = (self._need_tokenizer().token_to_id(name) for name in ("[MASK]", "<mask>"))
             mask_token_id = next((token for token in named if token is not None), None)
         if mask_token_id is None:
             raise ArgumentError("the tokenizer has no [MASK] or <mask> token: pass mask_token_id")
-        ids = self._ids("texts", texts)
+        ids = self._ids("texts", texts, truncate=truncate)
         return scoring.fill_mask(self.network, ids, mask_token_id, **options)
 
     def next_sentence(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -177,15 +186,19 @@ class Model(nn.Module):
     def _is_seq2seq(self) -> bool:
         return isinstance(self.network, AnySeq2Seq)
 
-    def _ids(self, name: str, inputs: Any, vocab_size: int | None = None) -> list[list[int]]:
+    def _ids(
+        self, name: str, inputs: Any, vocab_size: int | None = None, truncate: bool = False
+    ) -> list[list[int]]:
         vocab_size = vocab_size or self.config.vocab_size
-        return scoring.as_ids(name, inputs, self.tokenizer, vocab_size)
+        longest = self.config.position_limit if truncate else None
+        return scoring.as_ids(name, inputs, self.tokenizer, vocab_size, longest)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(
-                "text was given, but the model's folder has no tokenizer.json (or vocab.json and "
-                "merges.txt); add one, or pass token ids"
+                "text was given, but the model's folder has no tokenizer files (tokenizer.json, "
+                "vocab.txt, vocab.json with merges.txt, or a sentencepiece model); add them, or "
+                "pass token ids"
             )
         return self.tokenizer
 
@@ -281,7 +294,7 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm"]
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -181,3 +181,18 @@ def test_few_shot_prompts_and_choices() -> None:
 def test_bad_input(call, match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
         call(Model(made()))
+
+
+def test_long_texts_are_cut_when_asked() -> None:
+    text = "abcdefgh" * 4  # 33 tokens with </s>, for 12 positions
+    tokenizer = train_tokenizer([text])
+    network = made(decoder_layers=0, encoder_layers=2, masked_head="gelu", output_bias=True)
+    model = Model(network, tokenizer)
+    with pytest.raises(ArgumentError, match="33 tokens long.*12 positions.*truncate=True"):
+        model.embed([text])
+    assert model.embed([text, "a"], truncate=True)[0].equal(model.embed([text[:11]])[0])
+    (mask,) = tokenizer.encode(["c"])[0][:1]
+    found = model.fill_mask([text], mask_token_id=mask, truncate=True)
+    assert len(found[0]) == 2  # of text[:11]
+    with pytest.raises(ArgumentError, match="33 tokens long"):
+        model.fill_mask([text], mask_token_id=mask)

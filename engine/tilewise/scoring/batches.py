@@ -41,14 +41,18 @@ def as_ids(
     inputs: Sequence[str] | Sequence[Sequence[int]],
     tokenizer: Tokenizer | None,
     vocab_size: int,
+    max_length: int | None = None,
 ) -> list[list[int]]:
-    """Texts or lists of ids as lists of ids; ArgumentError naming what is neither."""
+    """Texts or lists of ids as lists of ids; ArgumentError naming what is neither.
+
+    max_length: texts are cut to it by the tokenizer, which keeps its special tokens.
+    """
     if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
         raise ArgumentError(f"{name} is {type(inputs).__name__}; pass a list of texts or of ids")
     if inputs and all(isinstance(each, str) for each in inputs):
         if tokenizer is None:
             raise ArgumentError(f"{name} are texts and the model has no tokenizer; pass token ids")
-        return tokenizer.encode(inputs)  # type: ignore[arg-type]
+        return tokenizer.encode(inputs, max_length=max_length)  # type: ignore[arg-type]
     for i, row in enumerate(inputs):
         if isinstance(row, str) or not isinstance(row, Sequence):
             raise ArgumentError(f"{name}[{i}] is {type(row).__name__}; pass all texts or all ids")
@@ -70,5 +74,5 @@ def check_length(name: str, rows: Sequence[Sequence[int]], config: AnyConfig) ->
         if config.position_limit is not None and len(row) > config.position_limit:
             raise ArgumentError(
                 f"{name}[{i}] is {len(row)} tokens long; the model has {config.position_limit} "
-                "positions: shorten it"
+                "positions: shorten it, or pass truncate=True with texts where it is taken"
             )
