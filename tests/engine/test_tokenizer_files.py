@@ -277,7 +277,7 @@ def test_sides_come_from_the_file(bert: Path) -> None:
         ("tokenizer_config.json", b"[" * 5000, "tokenizer_config.json does not work"),
         ("tokenizer_config.json", b"[]", "holds no JSON object"),
         ("tokenizer_config.json", b'{"do_lower_case": "yes"}', "does not work"),
-        ("tokenizer_config.json", b'{"padding_side": []}', "padding_side is"),
+        ("tokenizer_config.json", b'{"padding_side": "up"}', "padding_side is"),
         ("tokenizer_config.json", b'{"unk_token": 3}', "a special token is 3"),
         ("tokenizer_config.json", b'{"cls_token": "\\ud800"}', "does not work"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "does not work"),

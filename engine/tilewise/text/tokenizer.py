@@ -38,9 +38,9 @@ class Tokenizer:
     def _keep(self, origin: str, settings: Mapping[str, Any] | None) -> None:
         self._origin = origin
         self._settings = dict(settings or {})
-        self.padding_side = side("padding_side", self._settings.get("padding_side", "right"))
+        self.padding_side = side("padding_side", self._settings.get("padding_side") or "right")
         self.truncation_side = side(
-            "truncation_side", self._settings.get("truncation_side", "right")
+            "truncation_side", self._settings.get("truncation_side") or "right"
         )
 
     @cached_property
