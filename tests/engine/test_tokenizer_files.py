@@ -412,6 +412,20 @@ def test_mbart(tmp_path: Path) -> None:
     assert reloaded(tokenizer, tmp_path / "again").encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
+def test_xlm_roberta(tmp_path: Path) -> None:
+    import transformers
+
+    model = train("mbart")
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
+    write(tmp_path, config={"model_type": "xlm-roberta"})
+    first = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab = [*first, *scored(pieces(model))[3:], ("<mask>", 0.0)]
+    oracle = transformers.XLMRobertaTokenizer(vocab=vocab)
+    assert_same(loaded(tmp_path), oracle, [*CORPUS, "", "half <mask> past"])
+    (found,) = loaded(tmp_path).encode_pairs([("half", "past")])
+    assert found[0] == oracle("half", "past")["input_ids"]
+
+
 def write_marian(folder: Path) -> Path:
     source, target = train("mbart"), train("mbart", vocab_size=80)
     tokens = [piece for model in (source, target) for piece, _ in scored(pieces(model))[3:]]
