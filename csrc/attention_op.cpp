@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -229,7 +230,8 @@ Gradients backward(const Tensor& grad, const Tensor& q, const Tensor& k, const T
   check(q);
   const Tensor rows_q = together(q), rows_k = together(k), rows_v = together(v);
   const Tensor rows_grad = together(grad), rows_lse = lse.contiguous().unsqueeze(3);
-  Tensor slopes, sums, partial;
+  Tensor slopes, sums;
+  std::unique_ptr<float[]> partial;  // no tensor: see RowBuffer on aligned memory
   AttentionBackward args{attention_args(rows_q, rows_k, rows_v, items, how, slopes)};
   args.lse = matrices(rows_lse);
   args.grad = matrices(rows_grad);
@@ -255,9 +257,8 @@ Gradients backward(const Tensor& grad, const Tensor& q, const Tensor& k, const T
   }
   if (args.parts > 1) {
     const int64_t size = key_sums(args, args.longest);
-    partial = at::empty({args.num_items * args.heads * args.parts * size},
-                        q.options().dtype(at::kFloat));
-    args.partial = partial.data_ptr<float>();
+    partial.reset(new float[args.num_items * args.heads * args.parts * size]);
+    args.partial = partial.get();
   }
   if (lse.numel() > 0) {
     TILEWISE_BEST(attention_backward)(args);

@@ -27,19 +27,25 @@ constexpr int64_t kLanes = Vectorized<A>::size();
 // Work per task, in elements: below this a second thread costs more than it gives.
 constexpr int64_t kGrain = 8192;
 
-// One row in the accumulation type, with room to round its length up to whole vectors.
+// One row in the accumulation type, with room to round its length up to whole vectors. Aligned by
+// hand: glibc before 2.38 hardly reuses what its aligned allocation once gave (measured with calls
+// of ever different sizes: 2 GB were left behind).
 template <typename A>
 class RowBuffer {
  public:
   explicit RowBuffer(int64_t columns)
-      : data_(static_cast<A*>(::operator new((columns + kLanes<A>) * sizeof(A), kAlignment))) {}
-  ~RowBuffer() { ::operator delete(data_, kAlignment); }
+      : memory_(::operator new((columns + kLanes<A>) * sizeof(A) + kAlignment)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_);
+    data_ = reinterpret_cast<A*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  ~RowBuffer() { ::operator delete(memory_); }
   RowBuffer(const RowBuffer&) = delete;
   RowBuffer& operator=(const RowBuffer&) = delete;
   A* data() { return data_; }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr uintptr_t kAlignment = 64;
+  void* memory_;
   A* data_;
 };
 
