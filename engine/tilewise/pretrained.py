@@ -15,11 +15,12 @@ from . import scoring
 from .checkpoints import (
     TensorInfo,
     check_weights,
-    copy_weights,
+    fill_weights,
     open_weights,
     read_config,
     write_folder,
 )
+from .checkpoints.reading import listed
 from .config import AnyConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
@@ -216,6 +217,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    strict_finite: bool = False,
 ) -> Model:
     """Open a checkpoint folder, or a Hugging Face hub id, as a Model in eval mode.
 
@@ -223,8 +225,10 @@ def load(
     shards, or Meta's consolidated.safetensors), and tokenizer files when there are any; "dates" is
     the English to Japanese model that ships with tilewise. Anything else is taken for a hub id and
     fetched by huggingface_hub, which honours HF_HUB_OFFLINE. dtype: what the weights are converted
-    to. Nothing is ever unpickled and no code of the folder runs. Raises CheckpointError,
-    ConfigError, TokenizerError.
+    to, piece by piece on their way into the model, so that loading takes little more memory than
+    the model. Weights with NaN or infinite values give a warning that names them, with
+    strict_finite an error. Nothing is ever unpickled and no code of the folder runs. Raises
+    CheckpointError, ConfigError, TokenizerError.
     """
     folder = _folder(source)
     wanted, place = _dtype(dtype), _device(device)
@@ -234,20 +238,22 @@ def load(
     names = set(weights.tensors)
     config = family.config_from(raw, names)
     tokenizer = load_tokenizer(folder)
-    rules = family.rules(config, names)
-    more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
-    with _Uninitialised():
-        with torch.device("meta"):  # a config that asks too much is found before it is allocated
-            check_weights(build(config).state_dict(), weights, rules, **more)
-        network = build(config).to(wanted)
-    copy_weights(network.state_dict(), weights, rules, **more)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "
             f"{config.vocab_size} embeddings; put the model's own tokenizer there"
         )
+    rules = family.rules(config, names)
+    more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
+    with _Uninitialised(wanted, place):
+        with torch.device("meta"):  # a config that asks too much is found before it is allocated
+            check_weights(build(config).state_dict(), weights, rules, **more)
+        network = build(config).to(place, wanted)  # what is no parameter, such as tables
+    odd = fill_weights(network.state_dict(), weights, rules)
+    if odd:
+        _report_odd(folder, odd, wanted, strict_finite)
     defaults = _generation_defaults(folder, raw, config.output_vocab_size)
-    return Model(network.to(place), tokenizer, raw, defaults).eval()
+    return Model(network, tokenizer, raw, defaults).eval()
 
 
 def inspect(
@@ -263,14 +269,35 @@ def inspect(
 
 
 class _Uninitialised(TorchFunctionMode):
-    """New parameters keep what memory holds; no random number is drawn for weights to come."""
+    """New parameters keep what memory holds; no random number is drawn for weights to come.
+
+    They are made in `dtype` on `device` at once. Unlike a default dtype this leaves alone the
+    tables that a module computes, and the other threads.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self._made = {"dtype": dtype, "device": device}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if getattr(function, "__module__", None) == "torch.nn.init" or function in _FILLING:
             return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if function is torch.empty:
+            given = self._made | {name: v for name, v in given.items() if v is not None}
+        return function(*args, **given)
+
+
+def _report_odd(folder: Path, names: list[str], dtype: torch.dtype, strict: bool) -> None:
+    text = (
+        f"{folder} has weights that are NaN or infinite as {str(dtype).removeprefix('torch.')}: "
+        f"{listed(names)}"
+    )
+    if strict:
+        raise CheckpointError(f"{text}. Fetch or train it again, or load it in a wider dtype")
+    warnings.warn(text, stacklevel=3)
 
 
 _CHANGES_OUTPUT = {

@@ -238,7 +238,7 @@ def test_a_file_replaced_between_check_and_opening_is_noticed(
         return open_file(*args, **options)
 
     monkeypatch.setattr(reading, "safe_open", swapped)
-    with pytest.raises(CheckpointError, match=r"\[2\] when checked and float32 \[4\] when read"):
+    with pytest.raises(CheckpointError, match="changed while loading"):
         open_weights(folder).read("a")
 
 
@@ -258,7 +258,7 @@ def test_truncation_while_reading_does_not_kill(tmp_path: Path) -> None:
     tensor = weights.read("a")
     os.truncate(tmp_path / "m" / WEIGHTS, 4096)
     assert int(tensor.sum()) == 0  # memory of its own: a mapped file would raise SIGBUS here
-    with pytest.raises(CheckpointError, match="failed"):
+    with pytest.raises(CheckpointError, match="changed while loading"):
         weights.read("a")
 
 

@@ -4,7 +4,7 @@ Knows no model: a family says which tensor goes where, this package sees that th
 that everything fits, and that nothing changes when it does not.
 """
 
-from tilewise.checkpoints.copying import WeightRule, check_weights, copy_weights
+from tilewise.checkpoints.copying import WeightRule, check_weights, copy_weights, fill_weights
 from tilewise.checkpoints.reading import TensorInfo, WeightFiles, open_weights, read_config
 from tilewise.checkpoints.writing import write_folder
 
@@ -14,6 +14,7 @@ __all__ = [
     "WeightRule",
     "check_weights",
     "copy_weights",
+    "fill_weights",
     "open_weights",
     "read_config",
     "write_folder",

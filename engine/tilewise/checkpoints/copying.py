@@ -1,16 +1,18 @@
 """Copies a checkpoint's tensors into a model's, by a table that a family writes.
 
-Names, shapes and dtypes are compared in full before any data is read, and all data is read before
-the first value changes: a checkpoint that does not fit leaves the model as it was.
+Names, shapes and dtypes are compared in full before any data is read. A model in use is changed by
+copy_weights, which reads all data before the first value changes; a new one, whose values nobody
+knows yet, is filled by fill_weights, which needs no memory besides.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tilewise.checkpoints.reading import WeightFiles, described, listed, shown
+from tilewise.checkpoints.reading import PIECE, WeightFiles, described, listed, shown
 from tilewise.errors import CheckpointError
 
 
@@ -19,9 +21,9 @@ class WeightRule:
     """One line of the table: `target` of the model comes from `source` of the checkpoint.
 
     `transform` takes the source tensors in order and returns the target's values: a transpose, a
-    slice of a fused projection, a concatenation. It also runs on meta tensors, to learn the shape
-    it makes; without it there is one source, taken as it is. `inverse` gives the sources' values,
-    a tuple, from the target's.
+    slice of a fused projection. It also runs on meta tensors, to learn the shape it makes. Without
+    it the sources are taken as they are, several one below the other: rows of a fused projection.
+    `inverse` gives the sources' values, a tuple, from the target's.
     """
 
     target: str
@@ -34,7 +36,9 @@ class WeightRule:
         return (self.source,) if isinstance(self.source, str) else self.source
 
     def apply(self, *tensors: Tensor) -> Tensor:
-        return self.transform(*tensors) if self.transform else tensors[0]
+        if self.transform:
+            return self.transform(*tensors)
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """The sources' values, in order, of the target's: the way back."""
@@ -98,6 +102,50 @@ def copy_weights(
             target[name].copy_(values)
 
 
+def fill_weights(
+    target: Mapping[str, Tensor], weights: WeightFiles, rules: Iterable[WeightRule]
+) -> list[str]:
+    """Streams the file into `target`, a new model's tensors, which check_weights has passed.
+
+    Returns the names, as the file has them, of tensors with NaN or infinite values once they are
+    of the target's dtype. Where a rule has no transform, memory grows by one piece; otherwise by
+    the rule's own tensors. Raises CheckpointError when reading fails, the target half filled.
+    """
+    odd: dict[str, None] = {}
+    with torch.no_grad():
+        for rule in rules:
+            odd |= dict.fromkeys(fill(target[rule.target], weights, rule))
+    return list(odd)
+
+
+def fill(want: Tensor, weights: WeightFiles, rule: WeightRule) -> list[str]:
+    """One line of the table; the names that are not finite."""
+    if rule.transform or not want.is_contiguous():
+        sources = {name: weights.read(name) for name in rule.sources}
+        want.copy_(rule.apply(*sources.values()))
+        pieces = {name: tensor.view(-1).split(PIECE) for name, tensor in sources.items()}
+        return [
+            n for n, parts in pieces.items() if not all(finite(p.to(want.dtype)) for p in parts)
+        ]
+    odd, room = [], want.view(-1)
+    for name in rule.sources:
+        all_finite = True
+        for piece in weights.pieces(name):
+            values = piece.to(want.dtype)
+            room[: len(values)].copy_(values)
+            room = room[len(values) :]
+            all_finite = all_finite and finite(values)
+        odd += [] if all_finite else [name]
+    return odd
+
+
+def finite(values: Tensor) -> bool:
+    """By the two extremes, which NaN is in too: much cheaper than asking each value."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    return all(math.isfinite(extreme) for extreme in values.aminmax())
+
+
 def problem(kind: str, items: list[str], most: int = 10) -> list[str]:
     if not items:
         return []
@@ -141,8 +189,9 @@ def misfit(target: Mapping[str, Tensor], weights: WeightFiles, rule: WeightRule)
         made = rule.apply(*stand_ins)
     except (RuntimeError, IndexError, ValueError):  # the transform met a shape it cannot take
         made = None
-    if made is not None and made.shape == want.shape and converts(made.dtype, want.dtype):
-        return None
+    if made is not None and made.shape == want.shape:
+        if all(converts(dtype, want.dtype) for dtype in (made.dtype, *(i.dtype for i in infos))):
+            return None
     return f"{text}, but {shown(rule.target)} of the model is {described(want.dtype, want.shape)}"
 
 
@@ -155,7 +204,8 @@ def untied(weights: WeightFiles, name: str, other: str) -> str | None:
         return f"{shown(name)} is there and {shown(other)} is not"
     first, second = weights.tensors[name], weights.tensors[other]
     if (first.dtype, first.shape) == (second.dtype, second.shape):
-        if torch.equal(raw_bytes(weights.read(name)), raw_bytes(weights.read(other))):
+        pairs = zip(weights.pieces(name), weights.pieces(other), strict=True)
+        if all(torch.equal(raw_bytes(a), raw_bytes(b)) for a, b in pairs):
             return None
     return f"{shown(name)} differs from {shown(other)}, and the model has one tensor for both"
 

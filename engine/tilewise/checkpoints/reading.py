@@ -13,11 +13,12 @@ import json
 import os
 import shlex
 import stat
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 512
 MAX_TENSOR_BYTES = 2**48  # more than any address space holds
 MAX_DIMENSIONS = 64
+PIECE = 2**20  # bytes; few enough that a piece is still in the cache when it is converted
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -66,14 +68,44 @@ class TensorInfo:
     end: int
 
 
-class WeightFiles:
-    """The weights of one folder: every header already checked, data read one tensor at a time."""
+class WeightFile:
+    """One safetensors file, its header checked, and open until the last read from it.
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    Data is read, never mapped: a mapped file that is truncated meanwhile kills the process
+    (SIGBUS).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            self._file = open(path, "rb", buffering=0)
+            weakref.finalize(self, self._file.close)
+            self._stamp = self._now()
+            self._start, self.tensors = read_header(path, self._file)
+        agree(path)
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def read_into(self, begin: int, room: torch.Tensor) -> None:
+        """Fills `room`, contiguous on the CPU, from byte `begin` of the data on."""
+        left = room.view(-1).view(torch.uint8).numpy().data
+        with reading(self.path):
+            self._file.seek(self._start + begin)
+            while left and (count := self._file.readinto(left)):
+                left = left[count:]
+            if left or self._now() != self._stamp:
+                raise CheckpointError(f"{self.path} changed while loading. Load again")
+
+
+class WeightFiles:
+    """The weights of one folder: every header already checked, data read when it is asked for."""
+
+    def __init__(self, folder: Path, files: Iterable[WeightFile]) -> None:
         self.folder = folder
-        self.tensors = tensors
-        files = sorted({info.file for info in tensors.values()})
-        self._handles = {file: opened(file) for file in files}
+        self._files = {file.path: file for file in files}
+        self.tensors = {name: i for f in self._files.values() for name, i in f.tensors.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The named tensor in memory of its own on the CPU, as `dtype` or as stored.
@@ -81,36 +113,37 @@ class WeightFiles:
         Raises CheckpointError when the folder has no such tensor, or its file changed or failed
         since the folder was opened.
         """
-        info = self.tensors.get(name)
-        if info is None:
+        info = self._info(name)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._files[info.file].read_into(info.begin, tensor)
+        return tensor.to(dtype or tensor.dtype)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The named tensor's values, flat and in order, PIECE bytes at a time.
+
+        Each piece is overwritten by the next. Raises as read does.
+        """
+        info = self._info(name)
+        room = torch.empty(min(PIECE, info.end - info.begin), dtype=torch.uint8)
+        for begin in range(info.begin, info.end, PIECE):
+            piece = room[: info.end - begin].view(info.dtype)
+            self._files[info.file].read_into(begin, piece)
+            yield piece
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
             raise CheckpointError(
                 f"{self.folder} has no tensor {shown(name)}. It holds {listed(self.tensors)}"
             )
-        try:
-            tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{info.file}: reading {shown(name)} failed: {error}. "
-                "Did the file change while loading? Load again"
-            ) from error
-        if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
-            raise CheckpointError(
-                f"{info.file}: {shown(name)} was {described(info.dtype, info.shape)} when checked "
-                f"and {described(tensor.dtype, tensor.shape)} when read. The file was replaced "
-                "while loading: load again"
-            )
-        return tensor.to(dtype or tensor.dtype)
+        return self.tensors[name]
 
 
-def opened(file: Path) -> Any:
-    """The library's handle, after its own check of the header: a second opinion on odd JSON.
-
-    It reads by pread: with mmap, a file that is truncated meanwhile kills the process (SIGBUS).
-    """
+def agree(path: Path) -> None:
+    """Raises CheckpointError unless the library takes the header too: a second opinion."""
     try:
-        return safe_open(file, "pt", backend="pread")
+        safe_open(path, "pt", backend="pread")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise damaged(file, f"the safetensors library says: {error}") from error
+        raise damaged(path, f"the safetensors library says: {error}") from error
 
 
 def read_config(folder: str | os.PathLike[str], name: str = CONFIG) -> dict[str, Any]:
@@ -130,7 +163,7 @@ def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
     """
     root = existing_folder(folder)
     if single := find_file(root, WEIGHTS):
-        return WeightFiles(root, read_header(single))
+        return WeightFiles(root, [WeightFile(single)])
     if index := find_file(root, INDEX):
         return WeightFiles(root, read_shards(root, index))
     if single := find_file(root, CONSOLIDATED):
@@ -245,18 +278,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # Headers
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from a header that is checked in full."""
-    with reading(path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise damaged(
-                path,
-                f"it has {size:,} bytes and says that its header has {length:,}, where "
-                f"2 to {min(max(size - 8, 0), MAX_HEADER_BYTES):,} are possible",
-            )
-        raw = file.read(length)
+def read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, TensorInfo]]:
+    """Where the data starts, and the tensors, from a header that is checked in full."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        raise damaged(
+            path,
+            f"it has {size:,} bytes and says that its header has {length:,}, where "
+            f"2 to {min(max(size - 8, 0), MAX_HEADER_BYTES):,} are possible",
+        )
+    raw = file.read(length)
     if not raw.startswith(b"{"):
         raise damaged(path, f"its header starts with {raw[:1]!r}, not with '{{'")
     header = parse_object(path, raw)
@@ -265,7 +297,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path} holds {len(header):,} tensors; {MAX_TENSORS:,} is the most")
     tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
     check_layout(path, tensors, size - 8 - length)
-    return tensors
+    return 8 + length, tensors
 
 
 def check_metadata(path: Path, metadata: Any) -> None:
@@ -342,8 +374,8 @@ def check_layout(path: Path, tensors: dict[str, TensorInfo], data_size: int) -> 
 # Shards
 
 
-def read_shards(root: Path, index: Path) -> dict[str, TensorInfo]:
-    """The tensors of all shards; index and shards must tell the same story."""
+def read_shards(root: Path, index: Path) -> Iterator[WeightFile]:
+    """Every shard; index and shards must tell the same story."""
     weight_map = read_json(index, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "its weight_map is missing, empty or not an object")
@@ -353,15 +385,13 @@ def read_shards(root: Path, index: Path) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         check_shard_name(index, name, shard)
         promised.setdefault(shard, set()).add(name)
-    tensors: dict[str, TensorInfo] = {}
     for shard, names in sorted(promised.items()):
         path = find_file(root, shard)
         if path is None:
             raise CheckpointError(f"{index} lists {shown(shard)}, which is missing: fetch it")
-        header = read_header(path)
-        check_same_names(root / shard, names, header.keys())
-        tensors.update(header)
-    return tensors
+        file = WeightFile(path)
+        check_same_names(root / shard, names, file.tensors.keys())
+        yield file
 
 
 def check_shard_name(index: Path, name: str, shard: Any) -> None:

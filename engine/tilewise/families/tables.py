@@ -43,9 +43,7 @@ def attention(
     for kind in ("weight", "bias") if bias else ("weight",):
         names = tuple(f"{source}.{kind}" for source in sources)
         packed = f"{target}.in_proj_{kind}"
-        table.append(
-            WeightRule(packed, names, lambda *parts: torch.cat(parts), lambda w: w.split(rows))
-        )
+        table.append(WeightRule(packed, names, inverse=lambda w: w.split(rows)))
     return table
 
 
