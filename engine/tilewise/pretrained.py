@@ -18,6 +18,7 @@ from .checkpoints import (
     fill_weights,
     open_weights,
     read_config,
+    verify_folder,
     write_folder,
 )
 from .checkpoints.reading import listed
@@ -218,6 +219,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     strict_finite: bool = False,
+    verify: bool = False,
 ) -> Model:
     """Open a checkpoint folder, or a Hugging Face hub id, as a Model in eval mode.
 
@@ -227,11 +229,14 @@ def load(
     fetched by huggingface_hub, which honours HF_HUB_OFFLINE. dtype: what the weights are converted
     to, piece by piece on their way into the model, so that loading takes little more memory than
     the model. Weights with NaN or infinite values give a warning that names them, with
-    strict_finite an error. Nothing is ever unpickled and no code of the folder runs. Raises
+    strict_finite an error. verify: first compare every file with the manifest that `save` wrote,
+    which reads them once more. Nothing is ever unpickled and no code of the folder runs. Raises
     CheckpointError, ConfigError, TokenizerError.
     """
     folder = _folder(source)
     wanted, place = _dtype(dtype), _device(device)
+    if verify:
+        verify_folder(folder)
     raw = _config(folder)
     family = family_of(raw)
     weights = open_weights(folder)

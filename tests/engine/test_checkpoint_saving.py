@@ -214,7 +214,8 @@ def test_modes_follow_the_umask(tmp_path: Path, exists: bool) -> None:
     finally:
         os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "deep" / "m").iterdir()}
-    assert modes == {"config.json": 0o640, WEIGHTS: 0o640, "x.txt": 0o640}
+    names = ("config.json", "sha256.json", WEIGHTS, "x.txt")
+    assert modes == dict.fromkeys(names, 0o640)
     assert stat.S_IMODE((tmp_path / "deep" / "m").stat().st_mode) == 0o750
 
 
@@ -238,7 +239,7 @@ def test_saving_again_replaces_files_and_keeps_the_rest(tmp_path: Path) -> None:
     write_folder(folder, {"age": "newer"}, {"a": torch.ones(2)}, {"c": tmp_path / "copied.txt"})
     assert read_config(folder) == {"age": "newer"}
     assert torch.equal(open_weights(folder).read("a"), torch.ones(2))
-    names = {"config.json", WEIGHTS, "tokenizer.json", "c", "notes/mine.txt"}
+    names = {"config.json", WEIGHTS, "sha256.json", "tokenizer.json", "c", "notes/mine.txt"}
     assert snapshot(folder).keys() == names
     assert (folder / "c").read_text() == "copied" and folder.stat().st_ino == inode
     assert {p.name for p in tmp_path.iterdir()} == {"m", "copied.txt"}
@@ -257,9 +258,9 @@ class FailsOnce:
         return self.function(*args)
 
 
-# Calls of one save: fsync of 3 files and 1 folder (+ 1 after the moves); 1 rename, or 3 out + 3 in.
-FAILURES = [("fsync", n, n < 6) for n in (1, 2, 3, 4, 5, 6)] + [
-    ("replace", n, n < 7) for n in (1, 2, 3, 4, 5, 6, 7)
+# Calls of one save: fsync of 4 files and 1 folder (+ 1 after the moves); 1 rename, or 4 out + 4 in.
+FAILURES = [("fsync", n, n < 7) for n in range(1, 8)] + [
+    ("replace", n, n < 9) for n in range(1, 10)
 ]
 
 
@@ -277,7 +278,8 @@ def test_a_failed_save_leaves_the_old_folder(
     else:  # one call more than a save makes: nothing failed, so every call has been covered
         save_new(folder)
         assert read_config(folder) == {"age": "new"}
-    assert {p.name for p in folder.iterdir()} == {"config.json", WEIGHTS, "tokenizer.json", "notes"}
+    names = {"config.json", WEIGHTS, "sha256.json", "tokenizer.json", "notes"}
+    assert {p.name for p in folder.iterdir()} == names
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -322,7 +324,7 @@ def test_ctrl_c_while_saving_puts_everything_back(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("number", range(1, 7))
+@pytest.mark.parametrize("number", range(1, 9))
 def test_a_kill_between_moves_never_leaves_a_mixture(tmp_path: Path, number: int) -> None:
     folder = old_folder(tmp_path)
     before = snapshot(folder)

@@ -5,6 +5,7 @@ that everything fits, and that nothing changes when it does not.
 """
 
 from tilewise.checkpoints.copying import WeightRule, check_weights, copy_weights, fill_weights
+from tilewise.checkpoints.manifest import verify_folder
 from tilewise.checkpoints.reading import TensorInfo, WeightFiles, open_weights, read_config
 from tilewise.checkpoints.writing import write_folder
 
@@ -17,5 +18,6 @@ __all__ = [
     "fill_weights",
     "open_weights",
     "read_config",
+    "verify_folder",
     "write_folder",
 ]

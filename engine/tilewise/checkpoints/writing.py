@@ -21,8 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tilewise.checkpoints.manifest import MANIFEST, digests
 from tilewise.checkpoints.reading import CONFIG, DTYPES, WEIGHTS, check_name, is_plain_name, shown
 from tilewise.errors import CheckpointError
+
+RESERVED = (CONFIG, WEIGHTS, MANIFEST)
 
 
 def write_folder(
@@ -31,7 +34,8 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     extra_files: Mapping[str, bytes | Path] | None = None,
 ) -> None:
-    """Writes config.json, model.safetensors and the extra files (content, or a file to copy).
+    """Writes config.json, model.safetensors and the extra files (content, or a file to copy), and
+    the SHA-256 of each in a manifest.
 
     Tensors may be on any device and of any strides; each is stored once, so two names for one and
     the same tensor are an error. Modes are 0666 & ~umask. Raises CheckpointError, with nothing left
@@ -95,10 +99,10 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def content(name: str, source: bytes | Path) -> bytes:
-    if not is_plain_name(name) or name in (CONFIG, WEIGHTS):
+    if not is_plain_name(name) or name in RESERVED:
         raise CheckpointError(
             f"An extra file cannot be called {shown(name)}: give a plain file name other than "
-            f"{CONFIG} and {WEIGHTS}"
+            + ", ".join(RESERVED)
         )
     return source.read_bytes() if isinstance(source, Path) else source
 
@@ -116,7 +120,8 @@ def fill(staging: Path, files: Mapping[str, bytes], tensors: dict[str, Tensor]) 
     save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})  # transformers wants "pt"
     # safetensors makes its file 0600; config.json has the mode that the umask asks for.
     os.chmod(staging / WEIGHTS, (staging / CONFIG).stat().st_mode)
-    for name in [*files, WEIGHTS]:
+    (staging / MANIFEST).write_text(digests(staging, [*files, WEIGHTS]))
+    for name in [*files, WEIGHTS, MANIFEST]:
         sync(staging / name)
     sync_folder(staging)
 
