@@ -227,7 +227,7 @@ def test_a_small_model_learns_to_reverse() -> None:
     config = model("bahdanau", embedding_size=16, hidden_size=32, readout_size=16).config
     network = RecurrentSeq2Seq(config)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
-    for step in range(400):
+    for step in range(800):
         ids = draw(32, 4, seed=step)
         loss = network(ids, labels=ids.flip(1)).loss
         optimiser.zero_grad()

@@ -167,7 +167,7 @@ def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
     if index := find_file(root, INDEX):
         return WeightFiles(root, read_shards(root, index))
     if single := find_file(root, CONSOLIDATED):
-        return WeightFiles(root, read_header(single))
+        return WeightFiles(root, [WeightFile(single)])
     raise CheckpointError(no_weights_message(root))
 
 
