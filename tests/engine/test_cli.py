@@ -298,7 +298,7 @@ def test_info_names_what_every_op_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (document["native"]["missing"] is None) == bool(document["native"]["build"])
     on_cpu = {(op["op"], op["dtype"]): op for op in document["ops"] if op["device"] == "cpu"}
     assert {op for op, _ in on_cpu} == set(CASES)
-    assert on_cpu["attention", "float32"]["implementation"] == "torch"
+    assert on_cpu["attention", "float32"]["implementation"] == "native"
     assert "cpu" in on_cpu["attention", "float32"]["others"]["triton"]
     text = run("info").stdout
     assert all(op in text for op in CASES) and torch.__version__ in text
