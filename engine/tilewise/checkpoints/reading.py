@@ -114,7 +114,7 @@ class WeightFiles:
         since the folder was opened.
         """
         info = self._info(name)
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         self._files[info.file].read_into(info.begin, tensor)
         return tensor.to(dtype or tensor.dtype)
 
@@ -124,7 +124,7 @@ class WeightFiles:
         Each piece is overwritten by the next. Raises as read does.
         """
         info = self._info(name)
-        room = torch.empty(min(PIECE, info.end - info.begin), dtype=torch.uint8)
+        room = torch.empty(min(PIECE, info.end - info.begin), dtype=torch.uint8, device="cpu")
         for begin in range(info.begin, info.end, PIECE):
             piece = room[: info.end - begin].view(info.dtype)
             self._files[info.file].read_into(begin, piece)
