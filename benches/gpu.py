@@ -41,8 +41,9 @@ Rows = list[dict[str, Any]]
 
 def environment_of(part: str, dry_run: bool) -> dict[str, str]:
     """The child's variables: our sources, and the interpreter for a dry run's kernels."""
-    paths = [str(ROOT / "kernels"), str(ROOT / "engine"), os.environ.get("PYTHONPATH", "")]
-    changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    paths = [str(folder) for folder in (ROOT / "kernels", ROOT / "engine", HERE / "kernels")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    changed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     changed["TRITON_INTERPRET"] = str(int(dry_run and part != "compile"))
     if dry_run:
         changed["TILEWISE_GPU_TEST_DEVICE"] = "cpu"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu import STOPPED
-from gpu_plan import HEAD, SMALL, Race, check, plan, shrunk
+from gpu_plan import HEAD, PARAMETERS, SMALL, STEPS, Race, check, plan, shrunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -268,6 +268,8 @@ def bench(run: Run) -> None:
         attempt(run, race, lambda race: time_eagerly(run, race, dtype))
     for race in SMALL:
         attempt(run, race, lambda race: time_replayed(run, race, dtype))
+    for race in STEPS:
+        attempt(run, race, lambda race: time_steps(run, race))
     for race in races[HEAD:]:
         attempt(run, race, lambda race: time_eagerly(run, race, dtype))
 
@@ -278,6 +280,7 @@ def rehearse(run: Run, races: list[Race], dtype: Any) -> None:
         check(race)
     for race in {str(shrunk(race)): race for race in races}.values():
         time_eagerly(run, shrunk(race), dtype)
+    time_steps(run, STEPS[-1])
     print("skipped: replayed graphs, which need CUDA")
 
 
@@ -413,7 +416,7 @@ def report(
     run: Run, race: Race, row: Any, direction: str, ms: list[float], work: Any, least: float
 ) -> None:
     """Emit and print one contender's line in one direction."""
-    error = row.forward_error if direction == "forward" else row.gradient_error
+    error = row.gradient_error if direction == "backward" else row.forward_error
     found: dict[str, Any] = {
         "op": race.op, "shape": race.shape, "options": race.options, "direction": direction,
         "way": row.name, "ours": row.ours, "ran": row.ran, "problem": row.problem, "error": error,
@@ -441,6 +444,34 @@ def time_replayed(run: Run, race: Race, dtype: Any) -> None:
                 call = held.calls[row.name]
                 ms = do_bench_cudagraph(lambda c=call: c(held.inputs), rep=20, return_mode="median")
             report(run, race, row, "replayed", [ms], (0, 0), least)
+
+
+def time_steps(run: Run, race: Race) -> None:
+    """adamw_step, which changes its inputs: judged by the parameters after a few steps."""
+    import bench_adamw  # a bench of pytest's, which lends how it draws, steps and judges
+    import torch
+
+    from tilewise_kernels.benchmark import Row, observed
+    from tilewise_kernels.measure import roof, rounds, timed
+
+    bench_adamw.LISTS |= PARAMETERS
+    name, clip = race.options["parameters"], race.options.get("clip", False)
+    dtype = torch.bfloat16 if race.options.get("bfloat16") else torch.float32
+    rows, once = [], {}
+    for way in ("tilewise", *bench_adamw.TORCHS):
+        error, problem = bench_adamw.judged(name, clip, way, dtype)
+        rows.append(Row(way, way == "tilewise", way, problem=problem, forward_error=error))
+        once[way] = bench_adamw.stepper(bench_adamw.drawn(name, dtype), clip, way)
+    with observed() as seen:
+        once["tilewise"]()
+    rows[0].ran, cost = seen[0]
+    right = [row.name for row in rows if row.problem is None]
+    passes = {n: lambda call=once[n]: {"step": timed(run.device, call)[0]} for n in right}
+    found = rounds(passes, 0.01 if run.dry_run else 0.4)
+    least = roof(run.device, dtype).ms(cost.flops, cost.bytes)
+    for row in rows:
+        ms = sorted(sample["step"] for sample in found.get(row.name, []))
+        report(run, race, row, "step", ms, (cost.flops, cost.bytes), least)
 
 
 # -- sweep ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What `make gpu` benches, and in which order."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -69,6 +70,29 @@ SMALL = (
     Race("attention", (1, 8, 128, 128, 64), (1, 8, 128, 128, 64), {"causal": True}),
     Race("linear_act", (16, 768, 3072), (16, 768, 3072), {}),
     Race("decode_attention", (4, 12, 256, 64), (4, 12, 256, 64), {}),
+)
+
+GPT2_LAYER = [(768,)] * 6 + [(2304,), (3072,), (2304, 768), (768, 768), (3072, 768), (768, 3072)]
+PARAMETERS = {  # of a LLaMA layer, of GPT-2, and too few to keep a GPU busy
+    "layer of 4096": [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2,
+    "GPT-2": GPT2_LAYER * 12 + [(50257, 768), (1024, 768), (768,), (768,)],
+    "64x1024": [(1024,)] * 64,
+}
+
+
+def stepped(name: str, *true: str) -> Race:
+    """adamw_step on a list of PARAMETERS; its shape: how many tensors and elements."""
+    sizes = PARAMETERS[name]
+    shape = (len(sizes), sum(map(math.prod, sizes)))
+    return Race("adamw_step", shape, shape, {"parameters": name} | dict.fromkeys(true, True))
+
+
+STEPS = (
+    stepped("layer of 4096"),
+    stepped("layer of 4096", "clip"),
+    stepped("layer of 4096", "bfloat16"),
+    stepped("GPT-2", "clip"),
+    stepped("64x1024", "clip"),
 )
 
 

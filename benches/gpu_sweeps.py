@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tilewise_kernels import (
     activation_triton,
+    adamw_triton,
     attention_triton,
     configs,
     cross_entropy_triton,
@@ -84,6 +85,7 @@ def knobs(architecture: int, dry_run: bool) -> Iterator[Knob]:
     for kernel in ("forward", "backward"):
         yield activation_knob(kernel, small)
     yield topk_knob(small)
+    yield adamw_knob(small)
     yield attention_knob("backward_dbias", architecture, 64, True, small)
 
 
@@ -398,3 +400,45 @@ def activation_launch(kernel: str, device: str, small: bool) -> Launch:
     return activation_triton.activation_launch(
         {"da_ptr": da, "g_ptr": g} | outputs, h, None, "silu", 0.0
     )
+
+
+# -- adamw ---------------------------------------------------------------------------------------
+
+
+class Stepping(NamedTuple):
+    """A launch that reaches its tensors by the addresses in a table, and those tensors."""
+
+    launch: Launch
+    arguments: dict[str, Tensor]
+
+    def run(self, device: torch.device) -> None:
+        self.launch.run(device)
+
+
+def adamw_knob(small: bool) -> Knob:
+    return table_knob(
+        "ADAMW",
+        vars(adamw_triton),
+        "ADAMW",
+        itertools.product((1024, 2048, 4096), (4, 8, 16)),
+        "param",
+        lambda device: [adamw_launch(device, small)],
+    )
+
+
+def adamw_launch(device: str, small: bool) -> Any:
+    """One float32 parameter of N elements."""
+    adamw_triton.load(vars(adamw_triton))
+    n = 5000 if small else 1 << 27
+    normal = drawing(device)
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    tensors = {name: normal(n).float().abs() for name in names}
+    kind = adamw_triton.Kind(torch.float32, torch.float32, False, True)
+    coefficients = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64, device=device)
+    programs = -(-n // adamw_triton.ADAMW[0])
+    row = (*(t.data_ptr() for t in tensors.values()), 0, n, 0, programs)
+    places = torch.tensor(row, device=device)
+    owners = torch.zeros(programs, dtype=torch.int64, device=device)
+    hyper = (0.9, 0.999, 1e-8, 1e-3)
+    launch = adamw_triton.adamw_launch(places, owners, coefficients, kind, *hyper)
+    return launch if device == "meta" else Stepping(launch, tensors)
