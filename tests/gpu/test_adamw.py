@@ -28,6 +28,54 @@ def test_steps_equal_torchs(max_norm, normal) -> None:
     torch.testing.assert_close(params, [p.detach() for p in theirs], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("theirs", ({"fused": True}, {"foreach": True}), ids=str)
+@pytest.mark.parametrize("dtype", (FLOAT, BF16, torch.float16, torch.float64), ids=str)
+def test_accuracy_beside_torchs_own(dtype, theirs, normal) -> None:
+    """Moments in the parameters' dtype: at most twice as far from float64 as torch is."""
+    params = [normal(*shape, dtype=dtype) for shape in SHAPES]
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    plain, exact = ([torch.nn.Parameter(p.to(d)) for p in params] for d in (dtype, torch.float64))
+    optimizers = [torch.optim.AdamW(plain, lr=1e-2, eps=1e-6, **theirs)]
+    optimizers.append(torch.optim.AdamW(exact, lr=1e-2, eps=1e-6))
+    for t in (1, 2, 3):
+        grads = [normal(*shape, dtype=dtype).sign() for shape in SHAPES]
+        adamw_step(params, grads, m, v, t, lr=1e-2, eps=1e-6)
+        for each, optimizer in zip((plain, exact), optimizers, strict=True):
+            for p, g in zip(each, grads, strict=True):
+                p.grad = g.to(p.dtype, copy=True)
+            optimizer.step()
+    errors = [
+        max((a - b).abs().max().item() for a, b in zip(each, exact, strict=True) if a.numel())
+        for each in (params, plain)
+    ]
+    rounding = torch.finfo(torch.float64 if dtype == torch.float64 else FLOAT).eps
+    assert errors[0] <= 2 * errors[1] + 8 * rounding
+
+
+def test_views_of_one_buffer_and_several_kinds(normal) -> None:
+    """Addresses that are no multiple of 16 bytes; float32, float16 and masters in one list."""
+    sizes = (3, 1001, 4097, 2, 6000)
+    state = []
+    for _ in range(4):
+        flat, half = normal(sum(sizes)).abs(), normal(10000, dtype=torch.float16).abs()
+        state.append([*flat.split(sizes), *half.split([4999, 5001])])
+    params, grads, m, v = state
+    m[-1], v[-1] = m[-1].float(), v[-1].float()
+    master = [*[None] * (len(params) - 1), params[-1].float()]
+    plain = [[t.clone() for t in each] for each in (params, m, v)]
+    copied = [w if w is None else w.clone() for w in master]
+    for t in (1, 2):
+        for way, (p, a, b), w in (
+            ("triton", (params, m, v), master), ("reference", plain, copied)
+        ):  # fmt: skip
+            with force(way):
+                adamw_step(p, grads, a, b, t, lr=1e-2, master=w, max_norm=1.0)
+    torch.testing.assert_close(
+        [*params[:5], *m[:5], master[-1]], [*plain[0][:5], *plain[1][:5], copied[-1]]
+    )
+    torch.testing.assert_close(params[5:], plain[0][5:], rtol=2e-3, atol=1e-6)
+
+
 def test_masters(normal, gpu_only) -> None:
     gpu_only("Triton that rounds bfloat16 right")
     params = [normal(*shape, dtype=BF16) for shape in SHAPES]

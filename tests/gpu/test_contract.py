@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewise_kernels import (
+    adamw_step,
     attention,
     attention_varlen,
     cross_entropy,
@@ -47,6 +48,7 @@ OPS = (
     "linear_act",
     "feed_forward",
     "rotary",
+    "adamw_step",
 )
 # On a GPU; None: either of two ways, by the shape.
 EXPECTED = {
@@ -63,6 +65,7 @@ EXPECTED = {
     "linear_act": None,
     "feed_forward": None,
     "rotary": "triton",
+    "adamw_step": "triton",
 }
 
 
@@ -113,6 +116,9 @@ def sample(normal, pick, device) -> Callable[..., Sample]:
             angles = draw(2, s, 32)
             options = {"cos": angles.cos(), "sin": angles.sin()}
             return turned, {"q": normal(2, 4, s, 64), "k": normal(2, 2, s, 64)}, options
+        if op == "adamw_step":
+            tensors = {name: normal(rows, wide) for name in ("param", "grad", "exp_avg")}
+            return moved, tensors | {"exp_avg_sq": normal(rows, wide).square()}, {"step": 3}
         x, w1, b1 = normal(rows, wide), normal(2 * wide, wide, std=wide**-0.5), normal(2 * wide)
         if op == "linear_act":
             return linear_act, {"x": x, "weight": w1, "bias": b1}, {}
@@ -130,6 +136,13 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def best(x: Tensor, k: int) -> Tensor:
     """The scores of log_softmax_topk without their ids, which have no gradient."""
     return log_softmax_topk(x, k)[0]
+
+
+def moved(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> Tensor:
+    """The parameter after a step of adamw_step on copies, clipped; it has no gradient."""
+    p, m, v = (t.detach().clone() for t in (param, exp_avg, exp_avg_sq))
+    adamw_step([p], [grad.detach()], [m], [v], step, lr=0.1, max_norm=1.0)
+    return p
 
 
 def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -277,7 +290,8 @@ def test_autocast(op: str, sample, device, pick) -> None:
     dtype = pick(BF16, HALF)
     with torch.autocast(device.type, dtype=dtype):
         y, *grads = everything(function, tensors, options)
-    wide = op in ("softmax", "layer_norm", "rms_norm", "cross_entropy") or "log_softmax" in op
+    wide = op in ("softmax", "layer_norm", "rms_norm", "cross_entropy", "adamw_step")
+    wide = wide or "log_softmax" in op
     assert y.dtype == (FLOAT if wide or op == "linear_cross_entropy" else dtype)
     assert all(grad.dtype == FLOAT for grad in grads)
     expected = everything(function, tensors, options)
@@ -305,7 +319,7 @@ def test_fifty_repeats_are_bit_equal(op: str, sample, pick) -> None:
 def test_empty_inputs_launch_nothing(op: str, sample) -> None:
     function, tensors, options = sample(op)
     first = next(iter(tensors))
-    if op in ("attention", "decode_attention", "rotary"):
+    if op in ("attention", "decode_attention", "rotary", "adamw_step"):
         tensors = {name: t[:0] for name, t in tensors.items()}
         options = {n: o[:0] if isinstance(o, Tensor) else o for n, o in options.items()}
     elif op == "attention_varlen":
