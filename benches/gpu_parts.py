@@ -106,7 +106,7 @@ def build(run: Run) -> None:
     if not run.dry_run:
         [capability] = nvidia_smi("compute_cap")
         wishes = {"TILEWISE_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability}
-        wishes["MAX_JOBS"] = str(os.cpu_count())
+        wishes |= {"MAX_JOBS": str(os.cpu_count())} | cuda_home()
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         subprocess.run(command, cwd=ROOT, env=os.environ | wishes, check=True)
     else:
@@ -115,6 +115,16 @@ def build(run: Run) -> None:
 
     run.emit("build", problem=native.missing(), cuda=native.built_for_cuda())
     print(native.missing() or native.build_info())
+
+
+def cuda_home() -> dict[str, str]:
+    """CUDA_HOME as nvcc itself has it: torch looks beside the nvcc on PATH, which may be a script
+    that calls the real one."""
+    said = subprocess.run(["nvcc", "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if "CUDA_HOME" in os.environ or top is None:
+        return {}
+    return {"CUDA_HOME": str(Path(top[1].strip()).resolve())}
 
 
 # -- compile -------------------------------------------------------------------------------------
