@@ -120,11 +120,11 @@ def build(run: Run) -> None:
 def cuda_home() -> dict[str, str]:
     """CUDA_HOME as nvcc itself has it: torch looks beside the nvcc on PATH, which may be a script
     that calls the real one."""
+    if "CUDA_HOME" in os.environ or shutil.which("nvcc") is None:
+        return {}
     said = subprocess.run(["nvcc", "--dryrun", "none.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    if "CUDA_HOME" in os.environ or top is None:
-        return {}
-    return {"CUDA_HOME": str(Path(top[1].strip()).resolve())}
+    return {} if top is None else {"CUDA_HOME": str(Path(top[1].strip()).resolve())}
 
 
 # -- compile -------------------------------------------------------------------------------------
