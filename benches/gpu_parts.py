@@ -498,7 +498,7 @@ def sweep(run: Run) -> None:
         compiled.setdefault((row["title"], row["configuration"]), []).append(row)
     for knob in gpu_sweeps.knobs(10 * major + minor, run.dry_run):
         candidates = knob.candidates[:1] if run.dry_run else allowed(knob, compiled)
-        expected = result(run, knob.at(knob.entry, run.device), knob.output)
+        expected = result(run, knob, knob.at(knob.entry, run.device))
         if expected is None:
             continue
         tried = [knob.entry, *candidates]
@@ -528,8 +528,8 @@ def allowed(knob: Any, compiled: dict[tuple[str, str], Any]) -> list[tuple[int, 
     return [c for c in knob.candidates if stack(c) <= (0 if most == math.inf else most)]
 
 
-def result(run: Run, launches: Any, output: str) -> Any:
-    """The named argument of the last launch, when all have run; None where one does not fit."""
+def result(run: Run, knob: Any, launches: Any) -> Any:
+    """The knob's output, when all launches have run; None where one does not fit."""
     import torch
     from triton.runtime.errors import OutOfResources
 
@@ -539,7 +539,7 @@ def result(run: Run, launches: Any, output: str) -> Any:
     except OutOfResources as error:
         print(error)
         return None
-    return launches[-1].arguments[output]
+    return knob.found(launches)
 
 
 def clock(run: Run, knob: Any, values: tuple[int, ...], expected: Any) -> Any:
@@ -548,13 +548,13 @@ def clock(run: Run, knob: Any, values: tuple[int, ...], expected: Any) -> Any:
     from triton.testing import do_bench
 
     launches = knob.at(values, run.device)
-    got = result(run, launches, knob.output)
+    got = result(run, knob, launches)
     if got is None or not torch.allclose(got, expected, rtol=2e-2, atol=2e-2):
         print(f"{knob.title} {values}: {'does not fit' if got is None else 'WRONG RESULT'}")
         return None
     if run.dry_run:
         start = time.perf_counter()
-        result(run, launches, knob.output)
+        result(run, knob, launches)
         return 1e3 * (time.perf_counter() - start)
 
     def call() -> None:

@@ -39,7 +39,7 @@ OUTPUTS = {
 
 class Knob(NamedTuple):
     """One table entry. title, text(values): as configs.py has it. output: the name of an argument
-    of the last launch."""
+    of the last launch, or of a tensor that it reaches through a table."""
 
     title: str
     entry: Values
@@ -55,6 +55,12 @@ class Knob(NamedTuple):
         launches = self.launches(device)
         self.put(self.entry)
         return launches
+
+    def found(self, launches: list[Launch]) -> Tensor:
+        """The output, once all the launches have run."""
+        last = launches[-1]
+        tensors = last.tensors if isinstance(last, Stepping) else last.arguments
+        return tensors[self.output]
 
 
 def table_knob(
@@ -405,14 +411,10 @@ def activation_launch(kernel: str, device: str, small: bool) -> Launch:
 # -- adamw ---------------------------------------------------------------------------------------
 
 
-class Stepping(NamedTuple):
-    """A launch that reaches its tensors by the addresses in a table, and those tensors."""
+class Stepping(Launch):
+    """A launch whose kernel finds its tensors by the addresses in a table; they live as long."""
 
-    launch: Launch
-    arguments: dict[str, Tensor]
-
-    def run(self, device: torch.device) -> None:
-        self.launch.run(device)
+    tensors: dict[str, Tensor]
 
 
 def adamw_knob(small: bool) -> Knob:
@@ -426,7 +428,7 @@ def adamw_knob(small: bool) -> Knob:
     )
 
 
-def adamw_launch(device: str, small: bool) -> Any:
+def adamw_launch(device: str, small: bool) -> Stepping:
     """One float32 parameter of N elements."""
     adamw_triton.load(vars(adamw_triton))
     n = 5000 if small else 1 << 27
@@ -440,5 +442,6 @@ def adamw_launch(device: str, small: bool) -> Any:
     places = torch.tensor(row, device=device)
     owners = torch.zeros(programs, dtype=torch.int64, device=device)
     hyper = (0.9, 0.999, 1e-8, 1e-3)
-    launch = adamw_triton.adamw_launch(places, owners, coefficients, kind, *hyper)
-    return launch if device == "meta" else Stepping(launch, tensors)
+    launch = Stepping(*adamw_triton.adamw_launch(places, owners, coefficients, kind, *hyper))
+    launch.tensors = tensors
+    return launch
