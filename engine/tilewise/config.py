@@ -69,6 +69,7 @@ class ModelConfig:
     rotary_original_positions: int = 8192
     relative_buckets: int = 32
     relative_distance: int = 128
+    relative_by_layer: bool = False  # a table of each layer, else one of each stack
 
     # Embeddings and the output
     embedding_size: int | None = None  # None: hidden_size; else a linear map leads to it and back

@@ -136,6 +136,19 @@ def test_an_untied_bart_of_older_versions_has_one_embedding(tmp_path: Path) -> N
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_umt5_of_the_hub(tied: bool, tmp_path: Path) -> None:
+    """Its outputs are scaled where config.json says tied, as T5's; transformers 5 scales all."""
+    raw = t5.UMT5 | {"tie_word_embeddings": tied}
+    theirs = folder_of(raw, tmp_path)
+    rewrite(tmp_path, lm_head__weight=None if tied else theirs.lm_head.weight.detach().clone())
+    ids = torch.tensor(SOURCES[:1])
+    with torch.no_grad():
+        expected = theirs(ids, decoder_input_ids=ids).logits * (1 if tied else 16**0.5)
+        found = tilewise.load(tmp_path)(ids, decoder_input_ids=ids).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", [bart, marian, t5], ids=["bart", "marian", "t5"])
 def test_copies_of_the_embedding_must_be_copies(family: Any, tmp_path: Path) -> None:
     theirs = folder_of(family.SMALL, tmp_path)

@@ -1,6 +1,7 @@
-"""T5, its v1.1, Flan and UL2 (Raffel et al. 2020), mT5 (Xue et al. 2021): relative positions.
+"""T5, its v1.1, Flan and UL2 (Raffel et al. 2020), mT5 (Xue et al. 2021), umT5 (Chung et al. 2023).
 
-Pre-norm RMSNorm without biases, scores that are not scaled, one relative bias per stack.
+Pre-norm RMSNorm without biases, scores that are not scaled, one relative bias per stack; umT5 has
+one per layer.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from .fields import (
 )
 from .tables import attention, first_of, linear
 
-MODEL_TYPES = ("t5", "mt5")
+MODEL_TYPES = ("t5", "mt5", "umt5")
 SMALL = {
     "model_type": "t5",
     "architectures": ["T5ForConditionalGeneration"],
@@ -40,6 +41,7 @@ SMALL = {
     "decoder_start_token_id": 0,
 }
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+UMT5 = SMALL | {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"]}
 EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL,
     SMALL | V1_1,
@@ -53,6 +55,11 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | V1_1 | {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
     SMALL | {"model_type": "mt5", "architectures": ["MT5EncoderModel"], "vocab_size": 63,
              "is_encoder_decoder": False, "feed_forward_proj": "gated-gelu"},
+    UMT5,
+    UMT5 | {"tie_word_embeddings": False, "scale_decoder_outputs": True, "num_layers": 3,
+            "num_decoder_layers": 2, "feed_forward_proj": "gated-silu"},
+    UMT5 | {"architectures": ["UMT5Model"], "num_heads": 1, "feed_forward_proj": "relu"},
+    UMT5 | {"architectures": ["UMT5EncoderModel"], "is_encoder_decoder": False, "num_layers": 3},
 )  # fmt: skip
 
 
@@ -62,15 +69,16 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     transformers 5 writes tie_word_embeddings true for every T5, whose older meaning is then in
     scale_decoder_outputs, so a head of its own is one that the folder holds.
     """
-    multilingual = raw["model_type"] == "mt5"
+    kind = raw["model_type"]
+    multilingual = kind != "t5"
     size, vocab = count(raw, "d_model", 512), count(raw, "vocab_size", 32128)
     layers = count(raw, "num_layers", 8 if multilingual else 6)
     tied = flag(raw, "tie_word_embeddings", True)
-    scaled = not multilingual and flag(raw, "scale_decoder_outputs", tied)
+    scaled = kind != "mt5" and flag(raw, "scale_decoder_outputs", tied)
     alone = _encoder_alone(raw, names)
     act, gated = _feed_forward(raw, "gated-gelu" if multilingual else "relu")
     return ModelConfig(
-        model_type=raw["model_type"],
+        model_type=kind,
         vocab_size=vocab,
         hidden_size=size,
         num_heads=count(raw, "num_heads", 6 if multilingual else 8),
@@ -89,6 +97,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         positions="relative",
         relative_buckets=count(raw, "relative_attention_num_buckets", 32),
         relative_distance=count(raw, "relative_attention_max_distance", 128),
+        relative_by_layer=kind == "umt5",
         tie_embeddings=alone or (tied if names is None else "lm_head.weight" not in names),
         output_scale=size**-0.5 if scaled and not alone else 1.0,
         dropout=number(raw, "dropout_rate", 0.1),
@@ -160,18 +169,19 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
 
 
 def _stack(config: ModelConfig, ours: str, theirs: str) -> list[WeightRule]:
-    """The table of one stack; its relative bias stands in the first block."""
+    """The table of one stack; a relative bias that its layers share stands in the first block."""
     crossed = theirs == "decoder."
     block = theirs + "block.{}.layer.{}."
-    bias = block.format(0, 0) + "SelfAttention.relative_attention_bias.weight"
-    table = [
-        WeightRule(ours + "position_terms.relative.weight", bias),
-        *linear(ours + "norm", theirs + "final_layer_norm", bias=False),
-    ]
+    bias = "SelfAttention.relative_attention_bias.weight"
+    table = linear(ours + "norm", theirs + "final_layer_norm", bias=False)
+    if not config.relative_by_layer:
+        table.append(WeightRule(ours + "position_terms.relative.weight", block.format(0, 0) + bias))
     parts = [("self_attn", "SelfAttention")] + [("multihead_attn", "EncDecAttention")] * crossed
     first, second = ("wi_0", "wi_1") if config.gated else ("wi", None)
     for i in range(config.decoder_layers if crossed else config.encoder_layers):
         mine = f"{ours}layers.{i}."
+        if config.relative_by_layer:
+            table.append(WeightRule(mine + "self_attn.relative.weight", block.format(i, 0) + bias))
         for n, (name, their_name) in enumerate(parts):
             own = block.format(i, n)
             q, k, v, out = (f"{own}{their_name}.{x}" for x in "qkvo")

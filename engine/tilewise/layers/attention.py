@@ -68,6 +68,7 @@ class MultiHeadAttention(nn.Module):
     in_proj_weight holds the rows of q, k and v in that order: [(H + 2 Hkv) * D, E]; with Hkv = H
     the state_dict of torch.nn.MultiheadAttention(E, H) loads as it is. Batch comes first.
     head_size: D, E / H when None. window: how many keys on either side a query sees, None = all.
+    relative_buckets: rows of a bias table of its own, indexed by terms.buckets; None: no table.
     Source: Vaswani et al. 2017, section 3.2; grouped keys: Ainslie et al. 2023.
     """
 
@@ -81,6 +82,7 @@ class MultiHeadAttention(nn.Module):
         bias: bool = True,
         scale: float | None = None,
         window: int | None = None,
+        relative_buckets: int | None = None,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -94,6 +96,9 @@ class MultiHeadAttention(nn.Module):
         self.head_size = size // num_heads if head_size is None else head_size
         self.scale = scale
         self.window = None if window is None else (window, window)
+        self.relative: nn.Embedding | None = None
+        if relative_buckets is not None:
+            self.relative = nn.Embedding(relative_buckets, num_heads)
         packed = (num_heads + 2 * kv_heads) * self.head_size
         self.in_proj_weight = nn.Parameter(torch.empty(packed, size))
         self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias else None
@@ -133,10 +138,13 @@ class MultiHeadAttention(nn.Module):
             q, k = rotary(q, k, *turned)
         if cache is not None:
             cache.write(k, v)
+        bias = terms.bias
+        if self.relative is not None:
+            bias = self.relative(terms.buckets).permute(0, 3, 1, 2)
         shared: Any = {
             "scale": self.scale,
             "window": self.window,
-            "bias": terms.bias,
+            "bias": bias,
             "alibi_slopes": terms.alibi_slopes,
         }
         if cache is None or cache.prompt:

@@ -105,12 +105,14 @@ class PositionTerms(NamedTuple):
     """What the layers of a stack make of positions, computed once for all of them.
 
     rotary, local_rotary: (cos, sin), each [S, rotary_dim / 2] or [R, S, rotary_dim / 2]; the second
-    is for layers with a window. bias [1 or R, H, S, K]: added to scores. alibi_slopes [H].
+    is for layers with a window. bias [1 or R, H, S, K]: added to scores. buckets [1 or R, S, K]: rows
+    of the tables of layers that make a bias of their own. alibi_slopes [H].
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
     local_rotary: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
+    buckets: Tensor | None = None
     alibi_slopes: Tensor | None = None
 
 
@@ -121,7 +123,7 @@ class StackPositions(nn.Module):
         super().__init__()
         self.config, self.causal = config, causal
         self.relative = None
-        if config.positions == "relative":
+        if config.positions == "relative" and not config.relative_by_layer:
             self.relative = nn.Embedding(config.relative_buckets, config.num_heads)
         self.kept: dict[str, Tensor] = {}  # constants in float32, by name; no state, never cast
 
@@ -137,11 +139,13 @@ class StackPositions(nn.Module):
         if kind == "alibi":
             slopes = self._constant("slopes", positions.device, config.num_heads)
             return PositionTerms(alibi_slopes=slopes)
-        if self.relative is not None:
+        if kind == "relative":
             key_at = torch.arange(keys, device=positions.device)
             distance = key_at - (positions if positions.dim() == 2 else positions[None])[..., None]
-            bias = self.relative(self._buckets(distance)).permute(0, 3, 1, 2)
-            return PositionTerms(bias=bias)
+            buckets = self._buckets(distance)
+            if self.relative is None:
+                return PositionTerms(buckets=buckets)
+            return PositionTerms(bias=self.relative(buckets).permute(0, 3, 1, 2))
         return PositionTerms()
 
     def _turned(self, positions: Tensor, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

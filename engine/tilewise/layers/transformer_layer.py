@@ -36,8 +36,14 @@ class TransformerLayer(nn.Module):
         heads = (size, config.num_heads, config.kv_heads)
         head_size, attention_bias = config.head_size, config.attention_bias
         window = config.windows[number - 1] if config.windows else None
+        own_table = config.positions == "relative" and config.relative_by_layer
         self.self_attn = MultiHeadAttention(
-            *heads, head_size=head_size, bias=attention_bias, scale=scale, window=window
+            *heads,
+            head_size=head_size,
+            bias=attention_bias,
+            scale=scale,
+            window=window,
+            relative_buckets=config.relative_buckets if own_table else None,
         )
         self.norm1: LayerNorm | RMSNorm | None = None
         if config.first_norm or number > 1:
