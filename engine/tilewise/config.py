@@ -78,6 +78,7 @@ class ModelConfig:
     scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
     share_embeddings: bool = True  # encoder and decoder have one matrix
     tie_embeddings: bool = True  # the output projection is the embedding matrix
+    output_head: bool = True  # False: a decoder gives hidden states, and no logits
     output_bias: bool = False
     output_scale: float = 1.0  # multiplies the hidden states before the output projection
     masked_head: Activation | None = None  # an encoder's Linear, activation, norm before the output
@@ -210,6 +211,11 @@ class ModelConfig:
     @property
     def largest_vocab_size(self) -> int:
         return max(self.vocab_size, self.output_vocab_size)
+
+    @property
+    def own_output(self) -> bool:
+        """Whether the output projection has a matrix of its own."""
+        return self.output_head and not self.tie_embeddings
 
     @property
     def is_seq2seq(self) -> bool:

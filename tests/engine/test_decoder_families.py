@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tilewise
-from tilewise.errors import ConfigError
+from tilewise.errors import ArgumentError, CheckpointError, ConfigError
 from tilewise.families import FAMILIES
 
 IDS = torch.randint(4, 59, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -118,3 +118,34 @@ def test_a_folder_says_only_what_its_family_can(kind: str, tmp_path: Path) -> No
     odd = tilewise.build(tilewise.ModelConfig(**fields))
     with pytest.raises(ConfigError, match=f"a {kind} folder cannot say this"):
         tilewise.Model(odd).save(tmp_path)
+
+
+BASES = [
+    ("gpt2", "GPT2Model"), ("llama", "LlamaModel"), ("opt", "OPTModel"), ("bart", "BartModel"),
+    ("t5", "T5Model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, base", BASES)
+def test_a_base_model_without_a_head_embeds(kind: str, base: str, tmp_path: Path) -> None:
+    raw = {"architectures": [base], "tie_word_embeddings": False}
+    written(kind, tmp_path, **raw)
+    model = tilewise.load(tmp_path)
+    more = {"decoder_input_ids": IDS} if model.config.is_seq2seq else {}
+    out = model(IDS, **more)
+    assert out.logits is None and out.last_hidden_state.shape == (2, 7, model.config.hidden_size)
+    assert model.embed(IDS.tolist()).shape == (2, model.config.hidden_size)
+    for refused in (
+        lambda: model.generate(IDS),
+        lambda: model.score(IDS.tolist(), IDS.tolist()),
+        lambda: model(IDS, labels=IDS),
+    ):
+        with pytest.raises(ArgumentError, match=f"this {kind} has no output matrix"):
+            refused()
+
+
+def test_a_head_that_is_lost_is_missed(tmp_path: Path) -> None:
+    written("llama", tmp_path)
+    rewrite(tmp_path, lambda found: {n: t for n, t in found.items() if n != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match=r"1 missing: 'lm_head\.weight'"):
+        tilewise.load(tmp_path)

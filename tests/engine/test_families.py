@@ -31,7 +31,8 @@ def reference(raw: dict[str, Any], seed: int = 0) -> Any:
     config = transformers.AutoConfig.for_model(**raw)
     config._attn_implementation = "eager"
     network = getattr(transformers, raw["architectures"][0])(config).eval()
-    if not raw.get("tie_word_embeddings", True) and config.tie_word_embeddings:  # T5's class ties
+    untied = not raw.get("tie_word_embeddings", True) and hasattr(network, "lm_head")
+    if untied and config.tie_word_embeddings:  # T5's class ties
         network.lm_head.weight = torch.nn.Parameter(torch.empty_like(network.lm_head.weight))
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -41,7 +42,8 @@ def reference(raw: dict[str, Any], seed: int = 0) -> Any:
             mean = float(parameter.dim() == 1 and is_norm and name.endswith("weight"))
             parameter.normal_(mean, 0.2)
         if "bart" in raw["model_type"] and not config.tie_word_embeddings:  # one that nothing uses
-            network.model.shared.weight.copy_(network.model.encoder.embed_tokens.weight)
+            base = getattr(network, "model", network)
+            base.shared.weight.copy_(base.encoder.embed_tokens.weight)
     for name, buffer in network.named_buffers():
         if name == "final_logits_bias":
             buffer.normal_(0, 0.2)

@@ -11,6 +11,7 @@ from .fields import (
     Raw,
     count,
     flag,
+    has_head,
     has_logits_bias,
     same_again,
     seq2seq_fields,
@@ -56,6 +57,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | UNEVEN | {"scale_embedding": True, "activation_function": "relu"},
     SMALL | {"tie_word_embeddings": False, "normalize_before": False},
     SMALL | {"architectures": ["BartModel"], "decoder_attention_heads": 1},
+    SMALL | {"architectures": ["BartModel"], "tie_word_embeddings": False},
     SMALL | MBART | {"scale_embedding": True, "decoder_start_token_id": 59},
     SMALL | UNEVEN | MBART | {"tie_word_embeddings": False, "decoder_start_token_id": 2},
     SMALL | MBART | {"architectures": ["MBartModel"], "activation_function": "gelu_new"},
@@ -67,6 +69,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     vocab, pre_norm = count(raw, "vocab_size", 50265), raw["model_type"] == "mbart"
     tied = flag(raw, "tie_word_embeddings", True)
     start = None if pre_norm else 2
+    base, head = _base(raw["model_type"]), "lm_head.weight"
+    has_logits = tied or has_head(raw, names, base, head)
     return ModelConfig(
         model_type=raw["model_type"],
         vocab_size=vocab,
@@ -77,7 +81,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         position_offset=2,
         embedding_norm=True,
         share_embeddings=tied or _one_matrix(raw, names),
-        tie_embeddings=tied or (names is not None and "lm_head.weight" not in names),
+        tie_embeddings=tied or (has_logits and names is not None and head not in names),
+        output_head=has_logits,
         output_bias=has_logits_bias(raw, names),
         wrap_labels=pre_norm,
         **special_ids(
@@ -95,12 +100,17 @@ def _one_matrix(raw: Raw, names: set[str] | None) -> bool:
     return not own <= names
 
 
+def _base(kind: str) -> str:
+    return "MBartModel" if kind == "mbart" else "BartModel"
+
+
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a BART folder that transformers reads back; ConfigError if none can."""
-    start = "MBart" if config.model_type == "mbart" else "Bart"
+    base = _base(config.model_type)
+    full = base.removesuffix("Model") + "ForConditionalGeneration"
     raw = {
         "model_type": config.model_type,
-        "architectures": [start + ("ForConditionalGeneration" if config.output_bias else "Model")],
+        "architectures": [full if config.output_bias else base],
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
         **written_seq2seq(config),
@@ -123,7 +133,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             table += linear(f"{side}.norm", theirs + "layer_norm")
     if config.output_bias:
         table.append(logits_bias("decoder.lm_head.bias"))
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("decoder.lm_head.weight", "lm_head.weight"))
     return table
 

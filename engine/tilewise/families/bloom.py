@@ -4,7 +4,7 @@ from typing import Any
 
 from ..checkpoints import WeightRule
 from ..config import ModelConfig
-from .fields import Raw, count, flag, number, same_again, special_ids, written_ids
+from .fields import Raw, count, flag, has_head, number, same_again, special_ids, written_ids
 from .tables import interleaved, linear, prefixed
 
 MODEL_TYPES = ("bloom",)
@@ -27,6 +27,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     {key: value for key, value in SMALL.items() if key not in ("n_head", "n_layer")}
     | {"num_attention_heads": 1, "num_hidden_layers": 1, "layer_norm_epsilon": 1e-3},
     SMALL | {"architectures": ["BloomModel"], "n_head": 8, "seq_length": 64},
+    SMALL | {"architectures": ["BloomModel"], "tie_word_embeddings": False},
 )
 
 
@@ -34,6 +35,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a BLOOM config.json; raises ConfigError for what it cannot mean."""
     size = count(raw, "n_embed", count(raw, "hidden_size", 64))
     vocab = count(raw, "vocab_size", 250880)
+    tied = flag(raw, "tie_word_embeddings", True)
     return ModelConfig(
         model_type="bloom",
         vocab_size=vocab,
@@ -47,7 +49,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         residual_from_norm=flag(raw, "apply_residual_connection_post_layernorm", False),
         positions="alibi",
         embedding_norm=True,
-        tie_embeddings=flag(raw, "tie_word_embeddings", True),
+        tie_embeddings=tied,
+        output_head=tied or has_head(raw, names, "BloomModel", "lm_head.weight"),
         dropout=number(raw, "hidden_dropout", 0.0),
         **special_ids(raw, vocab, bos_token_id=1, eos_token_id=2),
     )
@@ -57,7 +60,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a BLOOM folder that transformers reads back; ConfigError if none can."""
     raw = {
         "model_type": "bloom",
-        "architectures": ["BloomForCausalLM"],
+        "architectures": ["BloomForCausalLM" if config.output_head else "BloomModel"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "n_head": config.num_heads,
@@ -91,7 +94,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             *linear(ours + "linear1", theirs + "mlp.dense_h_to_4h"),
             *linear(ours + "linear2", theirs + "mlp.dense_4h_to_h"),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "lm_head.weight"))
     return table
 

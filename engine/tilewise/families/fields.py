@@ -194,6 +194,14 @@ def written_seq2seq(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def has_head(raw: Raw, names: set[str] | None, base: str, *heads: str) -> bool:
+    """Whether an untied decoder has an output matrix: it may not in a folder of its base class."""
+    classes = raw.get("architectures")
+    if not isinstance(classes, list) or base not in classes:
+        return True
+    return names is not None and not names.isdisjoint(heads)
+
+
 def has_logits_bias(raw: Raw, names: set[str] | None) -> bool:
     """Whether BART or Marian has a final_logits_bias, which the base models lack."""
     if names is not None:

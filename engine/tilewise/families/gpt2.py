@@ -11,6 +11,7 @@ from .fields import (
     activation_name,
     count,
     flag,
+    has_head,
     number,
     same_again,
     special_ids,
@@ -36,6 +37,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
     SMALL | {"n_embd": 14, "n_head": 1, "n_layer": 1, "scale_attn_weights": False},
     SMALL | {"architectures": ["GPT2Model"]},
+    SMALL | {"architectures": ["GPT2Model"], "tie_word_embeddings": False},
 )
 
 
@@ -45,6 +47,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         raise ConfigError("add_cross_attention is set; a GPT-2 here is a decoder on its own")
     size, vocab = count(raw, "n_embd", 768), count(raw, "vocab_size", 50257)
     end = 50256 if vocab > 50256 else None  # what the class assumes where a file is silent
+    tied = flag(raw, "tie_word_embeddings", True)
     return ModelConfig(
         model_type="gpt2",
         vocab_size=vocab,
@@ -55,7 +58,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         max_positions=count(raw, "n_positions", 1024),
         activation=activation(raw, "activation_function", "gelu_new"),
         norm_eps=number(raw, "layer_norm_epsilon", 1e-5),
-        tie_embeddings=flag(raw, "tie_word_embeddings", True),
+        tie_embeddings=tied,
+        output_head=tied or has_head(raw, names, "GPT2Model", "lm_head.weight"),
         attention_scale=None if flag(raw, "scale_attn_weights", True) else 1.0,
         attention_scale_by_layer=flag(raw, "scale_attn_by_inverse_layer_idx", False),
         dropout=number(raw, "resid_pdrop", 0.1),
@@ -70,7 +74,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     """
     raw = {
         "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": ["GPT2LMHeadModel" if config.output_head else "GPT2Model"],
         "vocab_size": config.vocab_size,
         "n_embd": config.hidden_size,
         "n_head": config.num_heads,
@@ -114,7 +118,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             *transposed(ours + "linear1", theirs + "mlp.c_fc"),
             *transposed(ours + "linear2", theirs + "mlp.c_proj"),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "lm_head.weight"))
     return table
 

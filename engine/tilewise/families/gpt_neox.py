@@ -10,6 +10,7 @@ from .fields import (
     activation_name,
     count,
     flag,
+    has_head,
     number,
     rotary_fields,
     same_again,
@@ -48,6 +49,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
             "partial_rotary_factor": 0.75,
         },
     },
+    SMALL | {"architectures": ["GPTNeoXModel"], "tie_word_embeddings": False},
 )
 
 
@@ -55,6 +57,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a GPT-NeoX config.json; raises ConfigError for what it cannot mean."""
     size, heads = count(raw, "hidden_size", 6144), count(raw, "num_attention_heads", 64)
     vocab = count(raw, "vocab_size", 50432)
+    tied = flag(raw, "tie_word_embeddings", False)
     return ModelConfig(
         model_type="gpt_neox",
         vocab_size=vocab,
@@ -67,7 +70,9 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         norm_eps=number(raw, "layer_norm_eps", 1e-5),
         parallel_residual=flag(raw, "use_parallel_residual", True),
         attention_bias=flag(raw, "attention_bias", True),
-        tie_embeddings=flag(raw, "tie_word_embeddings", False),
+        tie_embeddings=tied,
+        output_head=tied
+        or has_head(raw, names, "GPTNeoXModel", "lm_head.weight", "embed_out.weight"),
         dropout=number(raw, "hidden_dropout", 0.0),
         **rotary_fields({"rotary_pct": 0.25} | dict(raw), max(size // heads, 1)),
         **special_ids(raw, vocab, bos_token_id=0, eos_token_id=2),
@@ -83,7 +88,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     share = rotary["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     raw = {
         "model_type": "gpt_neox",
-        "architectures": ["GPTNeoXForCausalLM"],
+        "architectures": ["GPTNeoXForCausalLM" if config.output_head else "GPTNeoXModel"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
@@ -122,7 +127,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             *linear(ours + "linear1", theirs + "mlp.dense_h_to_4h"),
             *linear(ours + "linear2", theirs + "mlp.dense_4h_to_h"),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", _head(names)))
     return table
 

@@ -19,6 +19,7 @@ from .fields import (
     activation_name,
     count,
     flag,
+    has_head,
     number,
     rotary_fields,
     same_again,
@@ -56,6 +57,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
     SMALL | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0},
     SMALL | {"architectures": ["LlamaModel"], "tie_word_embeddings": True},
+    SMALL | {"architectures": ["LlamaModel"], "tie_word_embeddings": False},
 )
 
 
@@ -66,6 +68,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     size, heads = count(raw, "hidden_size", 4096), count(raw, "num_attention_heads", 32)
     vocab = count(raw, "vocab_size", 32000)
     head_dim = count(raw, "head_dim", max(size // heads, 1))
+    tied = flag(raw, "tie_word_embeddings", False)
     return ModelConfig(
         model_type="llama",
         vocab_size=vocab,
@@ -82,7 +85,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         norm_eps=number(raw, "rms_norm_eps", 1e-6),
         attention_bias=flag(raw, "attention_bias", False),
         ffn_bias=flag(raw, "mlp_bias", False),
-        tie_embeddings=flag(raw, "tie_word_embeddings", False),
+        tie_embeddings=tied,
+        output_head=tied or has_head(raw, names, "LlamaModel", "lm_head.weight"),
         **rotary_fields(raw, head_dim),
         **special_ids(raw, vocab, bos_token_id=1, eos_token_id=2),
     )
@@ -92,7 +96,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a LLaMA folder that transformers reads back; ConfigError if none can."""
     raw = {
         "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLM" if config.output_head else "LlamaModel"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
@@ -164,7 +168,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             *linear(ours + "gate", theirs + "mlp.up_proj", bias=config.ffn_bias),
             *linear(ours + "linear2", theirs + "mlp.down_proj", bias=config.ffn_bias),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "lm_head.weight"))
     return table
 
@@ -195,7 +199,7 @@ def _metas_rules(config: ModelConfig) -> list[WeightRule]:
             *linear(layer + "gate", layer + "feed_forward.w3", bias=False),
             *linear(layer + "linear2", layer + "feed_forward.w2", bias=False),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "output.weight"))
     return table
 

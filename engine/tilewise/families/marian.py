@@ -11,6 +11,7 @@ from .fields import (
     Raw,
     count,
     flag,
+    has_head,
     has_logits_bias,
     same_again,
     seq2seq_fields,
@@ -58,6 +59,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"d_model": 10, "encoder_attention_heads": 5, "decoder_attention_heads": 1,
              "decoder_layers": 1, "scale_embedding": False},
     SMALL | {"architectures": ["MarianModel"], "activation_function": "gelu"},
+    SMALL | APART | {"architectures": ["MarianModel"], "tie_word_embeddings": False},
 )  # fmt: skip
 
 
@@ -67,6 +69,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     shared = flag(raw, "share_encoder_decoder_embeddings", True)
     target = vocab if shared else count(raw, "decoder_vocab_size", vocab)
     tied = flag(raw, "tie_word_embeddings", True)
+    head = "lm_head.weight"
+    has_logits = tied or has_head(raw, names, "MarianModel", head)
     pad = 58100 if target > 58100 else None  # what the class assumes where a file is silent
     return ModelConfig(
         model_type="marian",
@@ -78,7 +82,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         positions="sinusoidal",
         sinusoid="halves",
         share_embeddings=shared,
-        tie_embeddings=tied or (names is not None and "lm_head.weight" not in names),
+        tie_embeddings=tied or (has_logits and names is not None and head not in names),
+        output_head=has_logits,
         output_bias=has_logits_bias(raw, names),
         **special_ids(raw, target, pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad),
     )
@@ -106,7 +111,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     table = [*token_embeddings(config, prefix, names), *seq2seq_layers(config, prefix)]
     if config.output_bias:
         table.append(logits_bias("decoder.lm_head.bias"))
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("decoder.lm_head.weight", "lm_head.weight"))
     return table
 

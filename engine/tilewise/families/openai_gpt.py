@@ -5,7 +5,7 @@ from typing import Any
 from ..checkpoints import WeightRule
 from ..config import Activation, ModelConfig
 from ..errors import ConfigError
-from .fields import Raw, count, flag, number, same_again, special_ids, written_ids
+from .fields import Raw, count, flag, has_head, number, same_again, special_ids, written_ids
 from .tables import linear, prefixed, transposed
 
 MODEL_TYPES = ("openai-gpt",)
@@ -30,6 +30,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"n_embd": 20, "n_head": 5, "afn": "swish", "tie_word_embeddings": False},
     SMALL | {"n_embd": 14, "n_head": 1, "n_layer": 1, "afn": "relu", "layer_norm_epsilon": 1e-3},
     SMALL | {"architectures": ["OpenAIGPTModel"], "afn": "silu", "n_ctx": 24},
+    SMALL | {"architectures": ["OpenAIGPTModel"], "tie_word_embeddings": False},
 )
 
 
@@ -39,6 +40,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     name = raw.get("afn", "gelu")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(f"afn is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    tied = flag(raw, "tie_word_embeddings", True)
     return ModelConfig(
         model_type="openai-gpt",
         vocab_size=vocab,
@@ -51,7 +53,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         norm_position="post",
         norm_eps=number(raw, "layer_norm_epsilon", 1e-5),
         final_norm=False,
-        tie_embeddings=flag(raw, "tie_word_embeddings", True),
+        tie_embeddings=tied,
+        output_head=tied or has_head(raw, names, "OpenAIGPTModel", "lm_head.weight"),
         dropout=number(raw, "resid_pdrop", 0.1),
         **special_ids(raw, vocab),
     )
@@ -62,7 +65,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     raw = {
         "model_type": "openai-gpt",
-        "architectures": ["OpenAIGPTLMHeadModel"],
+        "architectures": ["OpenAIGPTLMHeadModel" if config.output_head else "OpenAIGPTModel"],
         "vocab_size": config.vocab_size,
         "n_embd": config.hidden_size,
         "n_head": config.num_heads,
@@ -98,7 +101,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
             *transposed(ours + "linear2", theirs + "mlp.c_proj"),
             *linear(ours + "norm2", theirs + "ln_2"),
         ]
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "lm_head.weight"))
     return table
 

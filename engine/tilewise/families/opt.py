@@ -10,6 +10,7 @@ from .fields import (
     activation_name,
     count,
     flag,
+    has_head,
     number,
     same_again,
     special_ids,
@@ -39,6 +40,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"enable_bias": False, "layer_norm_elementwise_affine": False},
     SMALL | {"_remove_final_layer_norm": True, "activation_function": "gelu", "enable_bias": False},
     SMALL | {"architectures": ["OPTModel"], "word_embed_proj_dim": 12},
+    SMALL | {"architectures": ["OPTModel"], "tie_word_embeddings": False},
 )
 
 
@@ -48,6 +50,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     before = flag(raw, "do_layer_norm_before", True)
     bias = flag(raw, "enable_bias", True)
     narrow = count(raw, "word_embed_proj_dim", size)
+    tied = flag(raw, "tie_word_embeddings", True)
     return ModelConfig(
         model_type="opt",
         vocab_size=vocab,
@@ -65,7 +68,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         position_offset=2,
         position_count="mask",
         embedding_size=None if narrow == size else narrow,
-        tie_embeddings=flag(raw, "tie_word_embeddings", True),
+        tie_embeddings=tied,
+        output_head=tied or has_head(raw, names, "OPTModel", "lm_head.weight"),
         dropout=number(raw, "dropout", 0.1),
         **special_ids(raw, vocab, pad_token_id=1, bos_token_id=2, eos_token_id=2),
     )
@@ -75,7 +79,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     """The config.json of an OPT folder that transformers reads back; ConfigError if none can."""
     raw = {
         "model_type": "opt",
-        "architectures": ["OPTForCausalLM"],
+        "architectures": ["OPTForCausalLM" if config.output_head else "OPTModel"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
@@ -118,7 +122,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     if config.embedding_size is not None:
         table += linear("embedding.project", prefix + "project_in", bias=False)
         table += linear("project", prefix + "project_out", bias=False)
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("lm_head.weight", "lm_head.weight"))
     return table
 

@@ -16,6 +16,7 @@ from .fields import (
     activation_name,
     count,
     flag,
+    has_head,
     number,
     same_again,
     special_ids,
@@ -51,6 +52,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     SMALL | {"scale_decoder_outputs": False, "feed_forward_proj": "gelu", "num_layers": 3,
              "num_decoder_layers": 2},
     SMALL | {"architectures": ["T5Model"], "d_kv": 4, "num_heads": 4},
+    SMALL | V1_1 | {"architectures": ["T5Model"]},
     SMALL | {"architectures": ["T5EncoderModel"], "is_encoder_decoder": False},
     SMALL | V1_1 | {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
     SMALL | {"model_type": "mt5", "architectures": ["MT5EncoderModel"], "vocab_size": 63,
@@ -76,6 +78,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     tied = flag(raw, "tie_word_embeddings", True)
     scaled = kind != "mt5" and flag(raw, "scale_decoder_outputs", tied)
     alone = _encoder_alone(raw, names)
+    base, head = _class(kind) + "Model", "lm_head.weight"
+    has_logits = alone or tied or has_head(raw, names, base, head)
     act, gated = _feed_forward(raw, "gated-gelu" if multilingual else "relu")
     return ModelConfig(
         model_type=kind,
@@ -98,11 +102,17 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         relative_buckets=count(raw, "relative_attention_num_buckets", 32),
         relative_distance=count(raw, "relative_attention_max_distance", 128),
         relative_by_layer=kind == "umt5",
-        tie_embeddings=alone or (tied if names is None else "lm_head.weight" not in names),
+        tie_embeddings=alone or (tied if names is None else has_logits and head not in names),
+        output_head=has_logits,
         output_scale=size**-0.5 if scaled and not alone else 1.0,
         dropout=number(raw, "dropout_rate", 0.1),
         **special_ids(raw, vocab, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
     )
+
+
+def _class(kind: str) -> str:
+    """What the names of transformers' classes start with."""
+    return {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}[kind]
 
 
 def _encoder_alone(raw: Raw, names: set[str] | None) -> bool:
@@ -127,13 +137,14 @@ def _feed_forward(raw: Raw, default: str) -> tuple[Any, bool]:
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a T5 folder that transformers reads back; ConfigError if none can."""
-    alone, start = config.decoder_layers == 0, config.model_type.upper()
+    alone = config.decoder_layers == 0
+    head = "ForConditionalGeneration" if config.output_head else "Model"
     act = activation_name(config.activation)
     if config.gated:
         act = "gated-gelu" if config.activation == "gelu_tanh" else f"gated-{act}"
     raw = {
         "model_type": config.model_type,
-        "architectures": [start + ("EncoderModel" if alone else "ForConditionalGeneration")],
+        "architectures": [_class(config.model_type) + ("EncoderModel" if alone else head)],
         "is_encoder_decoder": not alone,
         "vocab_size": config.vocab_size,
         "d_model": config.hidden_size,
@@ -163,7 +174,7 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
     table.append(WeightRule(ours + "embedding.tokens.weight", _tokens(names)))
     if not alone:
         table += _stack(config, "decoder.", "decoder.")
-    if not config.tie_embeddings:
+    if config.own_output:
         table.append(WeightRule("decoder.lm_head.weight", "lm_head.weight"))
     return table
 

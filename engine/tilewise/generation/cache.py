@@ -77,7 +77,7 @@ class CachedSteps:
             cache=cache,
         )
         last = hidden[torch.arange(len(rows), device=rows.device), self.prompt_lengths - 1]
-        return self.decoder.lm_head(last)
+        return self.decoder.logits(last)
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Append tokens[r] to the hypothesis of row parents[r]: logits [R, V] of what follows."""
@@ -95,7 +95,7 @@ class CachedSteps:
             memory=self.memories,
             cache=cache,
         )
-        return self.decoder.lm_head(hidden[:, 0])
+        return self.decoder.logits(hidden[:, 0])
 
     def keep(self, sentences: Tensor) -> None:
         """Go on with these of the open sentences only [A]; the others leave the batch."""
@@ -164,7 +164,7 @@ class UncachedSteps:
         x = self.decoder.embedding(self.past, positions)
         hidden = self.decoder.run(x, key_lengths=self.lengths, memory=self.memories)
         last = hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1]
-        return self.decoder.lm_head(last)
+        return self.decoder.logits(last)
 
 
 class RecurrentSteps:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import AnyConfig
 from ..errors import ArgumentError
 from ..models import AnySeq2Seq, Decoder, RecurrentSeq2Seq, Seq2Seq, evaluating
-from ..models.inputs import check_ids, check_mask
+from ..models.inputs import check_ids, check_mask, check_output
 from .cache import (
     CachedSteps,
     RecurrentSteps,
@@ -65,6 +65,7 @@ def generate(
     if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} does not generate; it takes a decoder")
     config: AnyConfig = model.config
+    check_output(config)
     rows = _ragged("input_ids", input_ids, attention_mask, config)
     longest = max((len(row) for row in rows), default=1)
     seq2seq = isinstance(model, AnySeq2Seq)
@@ -126,7 +127,7 @@ def _steps(
     memories = None
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     if isinstance(model, Seq2Seq):
-        source, lengths = pad_right(rows, decoder.lm_head.weight.device)
+        source, lengths = pad_right(rows, decoder.embedding.tokens.weight.device)
         x = model.encoder.embedding(source, torch.arange(source.shape[1], device=source.device))
         memories = decoder.remember(model.encoder.run(x, key_lengths=lengths), lengths)
     kind = CachedSteps if options.use_cache else UncachedSteps

@@ -105,8 +105,8 @@ class PositionTerms(NamedTuple):
     """What the layers of a stack make of positions, computed once for all of them.
 
     rotary, local_rotary: (cos, sin), each [S, rotary_dim / 2] or [R, S, rotary_dim / 2]; the second
-    is for layers with a window. bias [1 or R, H, S, K]: added to scores. buckets [1 or R, S, K]: rows
-    of the tables of layers that make a bias of their own. alibi_slopes [H].
+    is for layers with a window. bias [1 or R, H, S, K]: added to scores; in its place buckets
+    [1 or R, S, K]: rows of each layer's own table. alibi_slopes [H].
     """
 
     rotary: tuple[Tensor, Tensor] | None = None

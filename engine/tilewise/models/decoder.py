@@ -11,12 +11,15 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..layers import Memory, TransformerLayer
 from .heads import ModelOutput, OutputProjection, initialise, token_loss
-from .inputs import check_ids, check_labels, padding, refuse
+from .inputs import check_ids, check_labels, check_output, padding, refuse
 from .stack import Maps, Stack, token_embedding
 
 
 class Decoder(Stack):
-    """Embeddings, `decoder_layers` causal layers, a last norm, and the map to the vocabulary."""
+    """Embeddings, `decoder_layers` causal layers, a last norm, and the map to the vocabulary.
+
+    With output_head False there is no such map, and so no logits.
+    """
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding | None = None) -> None:
         if config.decoder_layers == 0:
@@ -29,9 +32,15 @@ class Decoder(Stack):
             causal=True,
             cross_attention=config.encoder_layers > 0,
         )
-        self.lm_head = OutputProjection(config, tokens)
+        self.lm_head = OutputProjection(config, tokens) if config.output_head else None
         if own:
             initialise(self, 0.02)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., E] to [..., V]; raises ArgumentError where there is no output projection."""
+        check_output(self.config)
+        assert self.lm_head is not None
+        return self.lm_head(hidden)
 
     def remember(self, memory: Tensor, lengths: Tensor | None) -> list[Memory]:
         """Each layer's keys and values of an encoder's output [M, N, E]."""
@@ -61,14 +70,15 @@ class Decoder(Stack):
         )
         ids = check_ids("input_ids", input_ids, config.vocab_size, config.position_limit)
         if labels is not None:
+            check_output(config)
             labels = check_labels(labels, ids, config.vocab_size)
         key_lengths, mask = padding(attention_mask, ids)
         maps = Maps() if output_attentions else None
         x = self.embedding(ids, self.embedding.counted(ids, attention_mask))
         hidden = self.run(x, mask=mask, key_lengths=key_lengths, maps=maps)
-        logits = self.lm_head(hidden)
-        loss = None if labels is None else token_loss(logits[:, :-1], labels[:, 1:])
-        attentions = None if maps is None else tuple(maps.own)
-        return ModelOutput(
-            logits=logits, last_hidden_state=hidden, loss=loss, attentions=attentions
-        )
+        out = ModelOutput(last_hidden_state=hidden)
+        if config.output_head:
+            out.logits = self.logits(hidden)
+            out.loss = None if labels is None else token_loss(out.logits[:, :-1], labels[:, 1:])
+        out.attentions = None if maps is None else tuple(maps.own)
+        return out

@@ -6,7 +6,7 @@ Shapes: ids [R, S]; attention_mask [R, S], 1 = real token.
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import AnyConfig, ModelConfig
 from ..errors import ArgumentError
 from .heads import IGNORED_LABEL
 
@@ -71,6 +71,15 @@ def check_types(token_type_ids: Tensor | None, like: Tensor, config: ModelConfig
             f"token_type_ids have shape {list(types.shape)}; pass {list(like.shape)}"
         )
     return types
+
+
+def check_output(config: AnyConfig) -> None:
+    """ArgumentError where a model gives hidden states only."""
+    if isinstance(config, ModelConfig) and not config.output_head:
+        raise ArgumentError(
+            f"this {config.model_type} has no output matrix, as its folder was saved from a base "
+            "model: it embeds; load one with a language model head"
+        )
 
 
 def refuse(model_type: str, **arguments: object) -> None:

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, ConfigError
 from .decoder import Decoder
 from .encoder import Encoder
 from .heads import IGNORED_LABEL, ModelOutput, initialise, token_loss
-from .inputs import check_ids, check_labels, refuse
+from .inputs import check_ids, check_labels, check_output, refuse
 from .stack import Maps, token_embedding
 
 
@@ -66,6 +66,8 @@ class SourceToTarget(nn.Module):
         """
         config = self.config
         refuse(config.model_type, token_type_ids=token_type_ids)
+        if labels is not None:
+            check_output(config)
         vocab_size = config.output_vocab_size
         if decoder_input_ids is None:
             if labels is None:
@@ -126,7 +128,9 @@ class Seq2Seq(SourceToTarget):
         hidden = self.decoder.run(
             x, memory=memory, memory_lengths=lengths, memory_mask=mask, maps=written
         )
-        out = ModelOutput(self.decoder.lm_head(hidden), hidden, encoder_last_hidden_state=memory)
+        out = ModelOutput(last_hidden_state=hidden, encoder_last_hidden_state=memory)
+        if self.config.output_head:
+            out.logits = self.decoder.logits(hidden)
         if read is not None and written is not None:
             out.encoder_attentions = tuple(read.own)
             out.attentions, out.cross_attentions = tuple(written.own), tuple(written.memory)

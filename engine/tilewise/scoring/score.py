@@ -17,6 +17,7 @@ from tilewise_kernels import cross_entropy
 
 from ..errors import ArgumentError
 from ..models import AnySeq2Seq, Decoder, RecurrentDecoder, evaluating
+from ..models.inputs import check_output
 from .batches import by_tokens, check_length, padded
 
 LOGITS = 2**25  # elements that are held at a time
@@ -80,6 +81,7 @@ def score(
     """
     if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} has no next token to score; use fill_mask")
+    check_output(model.config)
     if contexts is None:
         if isinstance(model, AnySeq2Seq):
             raise ArgumentError("contexts is not given; a seq2seq model scores targets of sources")
@@ -102,7 +104,7 @@ def _score_continuations(
     parts = []
     for i, (context, text) in enumerate(zip(contexts, texts, strict=True)):
         parts += _windows(model, i, [*context, *text], max(len(context), 1), stride)
-    device = model.lm_head.weight.device
+    device = model.embedding.tokens.weight.device
     found: list[list[float]] = [[] for _ in parts]
     for batch in by_tokens([len(part.ids) for part in parts], batch_tokens):
         ids, lengths = padded([parts[i].ids for i in batch], device)
@@ -148,7 +150,7 @@ def _score_targets(
         raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
     check_length("contexts", sources, model.config)
     check_length("texts", texts, model.config)
-    device = model.decoder.lm_head.weight.device
+    device = next(model.parameters()).device
     scores = [Score(list(text), []) for text in texts]
     sizes = [len(s) + len(t) for s, t in zip(sources, texts, strict=True)]
     for batch in by_tokens(sizes, batch_tokens):
@@ -167,5 +169,6 @@ def log_probs(decoder: Decoder | RecurrentDecoder, hidden: Tensor, targets: Tens
     """log P [nats] of targets [N], each from its hidden state [N, E]; few logits at a time."""
     rows = max(LOGITS // decoder.config.output_vocab_size, 1)
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
-    losses = [cross_entropy(decoder.lm_head(h), t, reduction="none") for h, t in pairs]
+    logits = decoder.logits if isinstance(decoder, Decoder) else decoder.lm_head
+    losses = [cross_entropy(logits(h), t, reduction="none") for h, t in pairs]
     return [-float(loss) for part in losses for loss in part.tolist()]
