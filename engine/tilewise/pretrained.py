@@ -21,7 +21,8 @@ from .checkpoints import (
     verify_folder,
     write_folder,
 )
-from .checkpoints.reading import listed
+from .checkpoints.copying import untied
+from .checkpoints.reading import WeightFiles, listed
 from .config import AnyConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
@@ -242,6 +243,8 @@ def load(
     weights = open_weights(folder)
     names = set(weights.tensors)
     config = family.config_from(raw, names)
+    if _has_other_head(family.tied(config, names), weights):
+        config = family.config_from({**raw, "tie_word_embeddings": False}, names)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
@@ -259,6 +262,22 @@ def load(
         _report_odd(folder, odd, wanted, strict_finite)
     defaults = _generation_defaults(folder, raw, config.output_vocab_size)
     return Model(network, tokenizer, raw, defaults).eval()
+
+
+def _has_other_head(tied: Mapping[str, str], weights: WeightFiles) -> bool:
+    """Whether the file has a head of its own for a model whose config.json says that it is tied.
+
+    The head is then used as it is, as transformers does. Copies of the embedding inside a stack
+    must be copies.
+    """
+    for name, tokens in tied.items():
+        is_head = name.endswith(".weight") and "embed_tokens" not in name
+        if not is_head or not {name, tokens} <= weights.tensors.keys():
+            continue
+        if differ := untied(weights, name, tokens):
+            warnings.warn(f"{differ} by config.json; both are used as they are", stacklevel=3)
+            return True
+    return False
 
 
 def inspect(

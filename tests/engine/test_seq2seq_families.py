@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tilewise
 from tilewise.errors import ArgumentError, CheckpointError, ConfigError
-from tilewise.families import bart, marian, t5
+from tilewise.families import bart, bert, bloom, gpt2, marian, modernbert, opt, roberta, t5
 
 SOURCES = [[7, 9, 11, 30], [5, 44, 21, 21, 8, 13], [17]]
 
@@ -147,6 +147,42 @@ def test_umt5_of_the_hub(tied: bool, tmp_path: Path) -> None:
         expected = theirs(ids, decoder_input_ids=ids).logits * (1 if tied else 16**0.5)
         found = tilewise.load(tmp_path)(ids, decoder_input_ids=ids).logits
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+HEADS = [
+    bart.SMALL, bart.EXAMPLES[5], marian.SMALL, marian.EXAMPLES[1], gpt2.SMALL, bloom.SMALL,
+    opt.SMALL, bert.SMALL | {"architectures": ["BertForMaskedLM"]}, roberta.SMALL, modernbert.SMALL,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", HEADS, ids=lambda raw: f"{raw['model_type']}")
+def test_a_tied_model_with_a_head_of_its_own(raw: dict[str, Any], tmp_path: Path) -> None:
+    """transformers uses both tensors of such a file, and so do we; saved, the folder says so."""
+    kind = type(folder_of(raw, tmp_path))
+    name = {
+        "bert": "cls.predictions.decoder",
+        "roberta": "lm_head.decoder",
+        "modernbert": "decoder",
+    }
+    head = torch.randn(
+        raw.get("decoder_vocab_size", 61), size_of(raw), generator=torch.Generator().manual_seed(1)
+    )
+    rewrite(tmp_path, **{f"{name.get(raw['model_type'], 'lm_head')}.weight": head})
+    theirs = kind.from_pretrained(tmp_path).eval()
+    with pytest.warns(UserWarning, match="differs from"):
+        ours = tilewise.load(tmp_path)
+    ours.save(tmp_path / "ours")
+    ids = torch.tensor([SOURCES[1]])
+    more = {"decoder_input_ids": ids} if theirs.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        for other in (theirs, kind.from_pretrained(tmp_path / "ours").eval()):
+            expected = other(ids, **more).logits
+            torch.testing.assert_close(ours(ids, **more).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def size_of(raw: dict[str, Any]) -> int:
+    names = ("d_model", "n_embd", "hidden_size")
+    return next(raw[name] for name in names if name in raw)
 
 
 @pytest.mark.parametrize("family", [bart, marian, t5], ids=["bart", "marian", "t5"])
