@@ -23,6 +23,7 @@ CASES = [
 ]
 MASK = torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [1] * 8 + [0]])
 LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 8])
+HOLES = torch.tensor([[1, 0] * 4 + [1], [0, 1, 1, 0, 0, 1, 1, 1, 0], [1] * 9])
 
 
 def reference(raw: dict[str, Any], seed: int = 0) -> Any:
@@ -117,7 +118,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 
 
 @pytest.mark.parametrize("raw", CASES)
-@pytest.mark.parametrize("mask", [None, MASK, LEFT], ids=["whole", "right", "left"])
+@pytest.mark.parametrize("mask", [None, MASK, LEFT, HOLES], ids=["whole", "right", "left", "holes"])
 def test_logits(raw: dict[str, Any], mask: torch.Tensor | None, tmp_path: Path) -> None:
     theirs = saved(raw, tmp_path)
     ours = tilewise.load(tmp_path)

@@ -48,6 +48,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         norm_eps=number(raw, "layer_norm_epsilon", 1e-5),
         residual_from_norm=flag(raw, "apply_residual_connection_post_layernorm", False),
         positions="alibi",
+        position_count="mask",
         embedding_norm=True,
         tie_embeddings=tied,
         output_head=tied or has_head(raw, names, "BloomModel", "lm_head.weight"),

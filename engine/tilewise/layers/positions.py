@@ -127,8 +127,14 @@ class StackPositions(nn.Module):
             self.relative = nn.Embedding(config.relative_buckets, config.num_heads)
         self.kept: dict[str, Tensor] = {}  # constants in float32, by name; no state, never cast
 
-    def forward(self, positions: Tensor, keys: int, dtype: torch.dtype) -> PositionTerms:
-        """Terms of queries at positions [S] or [R, S] and keys at 0..keys - 1; rotary in dtype."""
+    def forward(
+        self, positions: Tensor, keys: int, dtype: torch.dtype, counted: Tensor | None = None
+    ) -> PositionTerms:
+        """Terms of queries at positions [S] or [R, S] and keys at 0..keys - 1; rotary in dtype.
+
+        counted [R, keys]: where ALiBi's keys stand when some columns do not count; what a query
+        would add to its whole row of scores, softmax takes away.
+        """
         config, kind = self.config, self.config.positions
         if kind == "rotary":
             angles = self._turned(positions, config.rotary_base, dtype)
@@ -138,6 +144,10 @@ class StackPositions(nn.Module):
             return PositionTerms(rotary=angles, local_rotary=local)
         if kind == "alibi":
             slopes = self._constant("slopes", positions.device, config.num_heads)
+            if counted is not None and counted.dim() == 2:
+                return PositionTerms(
+                    bias=(slopes[:, None, None] * counted[:, None, None]).to(dtype)
+                )
             return PositionTerms(alibi_slopes=slopes)
         if kind == "relative":
             key_at = torch.arange(keys, device=positions.device)

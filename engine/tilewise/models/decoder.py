@@ -74,8 +74,10 @@ class Decoder(Stack):
             labels = check_labels(labels, ids, config.vocab_size)
         key_lengths, mask = padding(attention_mask, ids)
         maps = Maps() if output_attentions else None
-        x = self.embedding(ids, self.embedding.counted(ids, attention_mask))
-        hidden = self.run(x, mask=mask, key_lengths=key_lengths, maps=maps)
+        positions = self.embedding.counted(ids, attention_mask)
+        counted = None if mask is None else positions
+        x = self.embedding(ids, positions)
+        hidden = self.run(x, counted=counted, mask=mask, key_lengths=key_lengths, maps=maps)
         out = ModelOutput(last_hidden_state=hidden)
         if config.output_head:
             out.logits = self.logits(hidden)

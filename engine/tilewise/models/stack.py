@@ -57,6 +57,7 @@ class Stack(nn.Module):
         x: Tensor,
         positions: Tensor | None = None,
         *,
+        counted: Tensor | None = None,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
         memory: Tensor | Sequence[Memory] | None = None,
@@ -67,8 +68,9 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Embeddings [R, S, E] through the layers: [R, S, E], or embedding_size from a decoder.
 
-        positions [S] or [R, S]: the columns that x stands at; None: 0 to S - 1. memory: the
-        encoder's output [M, N, E], or each layer's keys and values of it. maps: filled in order.
+        positions [S] or [R, S]: the columns that x stands at; None: 0 to S - 1. counted: see
+        StackPositions. memory: the encoder's output [M, N, E], or each layer's keys and values of
+        it. maps: filled in order.
         """
         keys = x.shape[1]
         if positions is None:
@@ -76,7 +78,7 @@ class Stack(nn.Module):
         elif cache is not None and not cache[0].prompt:
             index = cache[0].beam_index
             keys = cache[0].keys.shape[2] if index is None else index.shape[1]
-        terms = self.position_terms(positions, keys, x.dtype)
+        terms = self.position_terms(positions, keys, x.dtype, counted)
         for i, layer in enumerate(self.layers):
             x = layer(
                 x,
