@@ -426,6 +426,49 @@ def test_xlm_roberta(tmp_path: Path) -> None:
     assert found[0] == oracle("half", "past")["input_ids"]
 
 
+@pytest.mark.parametrize("language", [None, "gl_ES"])
+def test_mbart50(tmp_path: Path, language: str | None) -> None:
+    import transformers
+
+    model = train("mbart")
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
+    named = {"model_type": "mbart", "tokenizer_class": "MBart50Tokenizer"}
+    write(tmp_path, config=named, tokenizer_config={"src_lang": language})
+    tokenizer = loaded(tmp_path)
+    oracle = transformers.MBart50Tokenizer(vocab=scored(pieces(model)), src_lang=language)
+    assert_same(tokenizer, oracle, [*CORPUS, "", "half <mask> past"])
+    ids = tokenizer.encode(CORPUS)
+    first = tokenizer.token_to_id(language or "en_XX")
+    assert all(row[0] == first and row[-1] == 2 for row in ids)
+    assert tokenizer.vocab_size == len(oracle)
+    assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
+    assert reloaded(tokenizer, tmp_path / "again").encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_camembert(tmp_path: Path, named: bool) -> None:
+    import transformers
+
+    model = train("mbart")
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
+    if named:
+        write(tmp_path, tokenizer_config={"tokenizer_class": "CamembertTokenizer"})
+    else:
+        write(tmp_path, config={"model_type": "camembert"})
+    first = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
+    scores = [*((token, 0.0) for token in first), *scored(pieces(model))[1:], ("<mask>", 0.0)]
+    oracle = transformers.CamembertTokenizer(vocab=scores)
+    tokenizer = loaded(tmp_path)
+    assert tokenizer.encode(["a"])[0][0] == 5 and tokenizer.encode(["a"])[0][-1] == 6
+    assert tokenizer.vocab_size == len(oracle)
+    assert_same(tokenizer, oracle, [*CORPUS, "", "half <mask> past"])
+    (found,) = tokenizer.encode_pairs([("half", "past")])
+    assert found[0] == oracle("half", "past")["input_ids"]
+    ids = tokenizer.encode(CORPUS)
+    assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
+    assert reloaded(tokenizer, tmp_path / "again").encode(CORPUS) == ids
+
+
 def write_marian(folder: Path) -> Path:
     source, target = train("mbart"), train("mbart", vocab_size=80)
     tokens = [piece for model in (source, target) for piece, _ in scored(pieces(model))[3:]]
@@ -457,8 +500,8 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_unknown_numbering(tmp_path: Path) -> None:
     (tmp_path / "sentencepiece.bpe.model").write_bytes(b"model")
-    write(tmp_path, config={"model_type": "camembert"})
-    with pytest.raises(TokenizerError, match="of camembert, whose numbering is not known"):
+    write(tmp_path, config={"model_type": "albert"})
+    with pytest.raises(TokenizerError, match="of albert, whose numbering is not known"):
         load_tokenizer(tmp_path)
 
 

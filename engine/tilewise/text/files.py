@@ -82,12 +82,16 @@ def folder_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(root: Path, config: dict[str, Any]) -> str:
-    """The class that wrote the files, without "Tokenizer"; else config.json's model_type."""
-    named = str(config.get("tokenizer_class") or "")
+    """The class that wrote the files, without "Tokenizer"; else config.json's model_type.
+
+    Either file may name the class: mBART-50's is in config.json.
+    """
+    model = read_settings(root / "config.json")
+    named = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "")
     named = named.removesuffix("Fast").removesuffix("Tokenizer").removesuffix("TokenizersBackend")
     if named and named != "PreTrained":
         return named.lower()
-    return str(read_settings(root / "config.json").get("model_type", "")).lower()
+    return str(model.get("model_type", "")).lower()
 
 
 def read_settings(path: Path) -> dict[str, Any]:

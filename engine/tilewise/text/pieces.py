@@ -4,7 +4,9 @@ The library splits text into pieces; a family's own numbering makes ids of them:
   T5     a piece's place in the model; <extra_id_99> to <extra_id_0> behind them; A </s>
   LLaMA  a piece's place in the model; <s> A
   mBART  fairseq's four special tokens, the pieces, language codes, <mask>; A </s> en_XX
+  mBART-50  the same with more codes; en_XX A </s>
   XLM-R  fairseq's four special tokens, the pieces, <mask>; <s> A </s>
+  CamemBERT  five of fairseq's of which two serve, the pieces without <unk>, <mask>; <s> A </s>
   Marian the number that vocab.json gives a piece; two models, for source and target; A </s>
 """
 
@@ -29,6 +31,13 @@ LANGUAGES = (
     "ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT "
     "lv_LV my_MM ne_NP nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN"
 ).split()
+LANGUAGES_50 = (
+    LANGUAGES
+    + (
+        "af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF "
+        "pt_XX sv_SE sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"
+    ).split()
+)
 
 
 @dataclass
@@ -236,15 +245,33 @@ def llama(pieces: list[str], settings: Mapping[str, Any]) -> Numbering:
 
 
 def mbart(pieces: list[str], settings: Mapping[str, Any]) -> Numbering:
-    language = settings.get("src_lang") or "en_XX"
-    if language not in LANGUAGES:
-        raise TokenizerError(f"src_lang is {language!r}; takes one of {', '.join(LANGUAGES)}")
+    language = source_language(settings, LANGUAGES)
     ids, specials = fairseq(pieces, [*LANGUAGES, "<mask>"])
     return Numbering(ids, specials, [], ["</s>", language], between=[])
 
 
+def mbart50(pieces: list[str], settings: Mapping[str, Any]) -> Numbering:
+    language = source_language(settings, LANGUAGES_50)
+    ids, specials = fairseq(pieces, [*LANGUAGES_50, "<mask>"])
+    return Numbering(ids, specials, [language], ["</s>"], between=[])
+
+
+def source_language(settings: Mapping[str, Any], known: list[str]) -> str:
+    language = settings.get("src_lang") or "en_XX"
+    if language not in known:
+        raise TokenizerError(f"src_lang is {language!r}; takes one of {', '.join(known)}")
+    return language
+
+
 def xlm_roberta(pieces: list[str], settings: Mapping[str, Any]) -> Numbering:
     ids, specials = fairseq(pieces, ["<mask>"])
+    return Numbering(ids, specials, ["<s>"], ["</s>"], between=["</s>", "</s>"])
+
+
+def camembert(pieces: list[str], settings: Mapping[str, Any]) -> Numbering:
+    first = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
+    ids = numbered([*first, *pieces[1:], "<mask>"])
+    specials = [*first, "<s>", "</s>", "<mask>"]
     return Numbering(ids, specials, ["<s>"], ["</s>"], between=["</s>", "</s>"])
 
 
@@ -272,11 +299,13 @@ def numbered(tokens: list[str]) -> dict[str, int]:
 
 FAMILIES: dict[str, Callable[[list[str], Mapping[str, Any]], Numbering]] = {
     "t5": t5, "mt5": t5, "umt5": t5, "llama": llama, "mbart": mbart,
+    "mbart50": mbart50, "camembert": camembert,
     "xlm-roberta": xlm_roberta, "xlmroberta": xlm_roberta,
 }  # fmt: skip
 CLASSES = {
     "t5": "T5Tokenizer", "mt5": "T5Tokenizer", "umt5": "T5Tokenizer", "llama": "LlamaTokenizer",
-    "mbart": "MBartTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
+    "mbart": "MBartTokenizer", "mbart50": "MBart50Tokenizer", "camembert": "CamembertTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
     "xlmroberta": "XLMRobertaTokenizer", "marian": "MarianTokenizer",
 }  # fmt: skip
 DEFAULTS = {"spiece.model": "t5", "tokenizer.model": "llama"}
