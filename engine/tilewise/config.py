@@ -11,6 +11,7 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
 Positions = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 MAX_MATRIX = 2**56  # elements; their bytes still fit 64 bits
+MAX_TABLE = 2**26  # elements of a table of sinusoids, which no checkpoint's size bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,12 @@ class ModelConfig:
         """Offsets, rotary angles, buckets and windows."""
         _whole("position_offset", self.position_offset, 0, 2**20)
         if self.positions == "sinusoidal":
-            _whole("max_positions", self.max_positions, 1, 2**28 // self.hidden_size)
+            rows = self.max_positions + self.position_offset
+            if rows * self.hidden_size > MAX_TABLE:
+                raise ConfigError(
+                    f"max_positions is {self.max_positions}; with hidden_size {self.hidden_size} "
+                    f"its sinusoids are more than {MAX_TABLE:,} numbers"
+                )
         rotated = self.head_size if self.rotary_dim is None else self.rotary_dim
         if self.positions == "rotary" and (rotated % 2 or not 0 < rotated <= self.head_size):
             raise ConfigError(

@@ -229,6 +229,42 @@ def test_configurations_that_make_no_sense(tmp_path: Path, changes: dict[str, An
     refused(folder)
 
 
+OWN = {
+    "model_type": "tilewise-transformer", "vocab_size": 61, "hidden_size": 16, "num_heads": 2,
+    "ffn_size": 20, "encoder_layers": 1, "decoder_layers": 1, "max_positions": 24,
+}  # fmt: skip
+SIZED = [
+    *[family.EXAMPLES[0] for family in FAMILIES.values() if family.EXAMPLES],
+    *[OWN | {"positions": kind} for kind in ("learned", "sinusoidal", "relative", "alibi")],
+]
+
+
+@pytest.mark.parametrize("raw", SIZED, ids=lambda raw: raw["model_type"])
+def test_impossible_sizes_cost_nothing(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """Any whole number of config.json made huge: an error, or a number that takes no memory."""
+    folder = write_model(tmp_path, raw)
+    before = peak()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in [key for key, value in raw.items() if type(value) is int]:
+            for value in (2**26, 2**31 - 1):
+                (folder / "config.json").write_text(json.dumps(raw | {name: value}))
+                try:
+                    tilewise.load(folder)
+                except TilewiseError:
+                    continue
+    assert peak() - before < MEMORY
+
+
+def test_a_table_of_sinusoids_has_a_largest_size() -> None:
+    sizes = {"max_positions": 2**22, "hidden_size": 16, "num_heads": 1}
+    family = FAMILIES["tilewise-transformer"]
+    family.config_from(OWN | sizes | {"positions": "sinusoidal"}, set())
+    for more in ({"max_positions": 2**22 + 1}, {"position_offset": 1}, {"hidden_size": 17}):
+        with pytest.raises(ConfigError, match="max_positions is .* sinusoids are more than"):
+            family.config_from(OWN | sizes | {"positions": "sinusoidal"} | more, set())
+
+
 @pytest.mark.parametrize("content", [b"[" * 1000, b'{"a":' * 1000, b" " * (50 << 20)])
 def test_configurations_too_deep_or_too_large(tmp_path: Path, content: bytes) -> None:
     folder = write_model(tmp_path)

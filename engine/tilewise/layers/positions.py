@@ -27,11 +27,12 @@ def sinusoids(length: int, size: int, form: str = "interleaved") -> Tensor:
     pairs = size // 2 if form == "stretched" else (size + 1) // 2
     last = max(size / 2 if form != "stretched" else size // 2 - 1, 1)
     angle = position * torch.exp(-torch.arange(pairs) * math.log(10000.0) / last)
+    sines, cosines = angle.sin().float(), angle.cos().float()
     if form == "interleaved":
-        table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :size]
+        table = torch.stack([sines, cosines], -1).flatten(1)[:, :size]
     else:
-        table = torch.cat([angle.sin(), angle.cos()[:, : size - pairs]], 1)
-    return F.pad(table, (0, size - table.shape[1])).float()
+        table = torch.cat([sines, cosines[:, : size - pairs]], 1)
+    return F.pad(table, (0, size - table.shape[1]))
 
 
 class Embedding(nn.Module):
