@@ -217,6 +217,25 @@ def test_roberta_and_bart(tmp_path: Path, files: dict[str, Any]) -> None:
     assert_same_pairs(tokenizer, oracle)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab.json"])
+def test_special_tokens_of_old_folders_are_saved(tmp_path: Path, whole: bool) -> None:
+    import transformers
+
+    write_byte_level(tmp_path, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    mask = {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": mask}
+    write(tmp_path, special_tokens_map=tokens, config={"model_type": "gpt2"})
+    if whole:
+        (tmp_path / "tokenizer.json").write_bytes(loaded(tmp_path).files()["tokenizer.json"])
+        (tmp_path / "vocab.json").unlink()
+    again = tmp_path / "again"
+    reloaded(loaded(tmp_path), again)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(again)
+    found = [theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.mask_token]
+    assert found == ["<s>", "</s>", "<pad>", "<mask>"]
+    assert theirs(["half <mask>"])["input_ids"] == loaded(again).encode(["half <mask>"])
+
+
 def test_gpt1(tmp_path: Path) -> None:
     import transformers
 

@@ -38,6 +38,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
     if not there:
         return None
     config = read_settings(root / CONFIG)
+    if "added_tokens_decoder" not in config:
+        config |= special_tokens(root)
     if TOKENIZER in there:
         path = readable(root / TOKENIZER)
         with reporting(str(path)):
@@ -68,17 +70,26 @@ def from_vocabulary(root: Path, there: set[str], config: dict[str, Any]) -> Toke
 
 
 def folder_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, completed by the two files that it took the place of."""
+    """tokenizer_config.json, completed by the files that it took the place of."""
     if "added_tokens_decoder" in config:
         return config
-    special = read_settings(root / "special_tokens_map.json")
     added = read_settings(root / "added_tokens.json")
-    known = {content(value) for value in special.values() if isinstance(value, (str, dict))}
+    special = special_tokens(root).values()
+    known = {content(value) for value in special if isinstance(value, (str, dict))}
     tokens = {
         index: {"content": token, "special": token in known, "normalized": token not in known}
         for token, index in added.items()
     }
-    return config | special | {"added_tokens_decoder": tokens}
+    return config | {"added_tokens_decoder": tokens}
+
+
+def special_tokens(root: Path) -> dict[str, Any]:
+    """special_tokens_map.json as tokenizer_config.json would have it."""
+    found = read_settings(root / "special_tokens_map.json")
+    mark = {"__type": "AddedToken"}
+    return {
+        name: value | mark if isinstance(value, dict) else value for name, value in found.items()
+    }
 
 
 def kind_of(root: Path, config: dict[str, Any]) -> str:
