@@ -14,6 +14,7 @@ import transformers
 
 import tilewise
 from tilewise.families import FAMILIES, tensors_to
+from tilewise.text import train_tokenizer
 
 CASES = [
     pytest.param(raw, id=f"{name}-{i}")
@@ -213,6 +214,32 @@ def test_saved_folder_is_transformers(raw: dict[str, Any], tmp_path: Path) -> No
     assert back.config == ours.config
     for a, b in zip(back.parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+FIRST = [next(raw for raw in f.EXAMPLES if raw["model_type"] == k) for k, f in FAMILIES.items()
+         if f.EXAMPLES]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", FIRST, ids=lambda raw: raw["model_type"])
+def test_bfloat16_and_the_tokenizer_are_saved(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path / "theirs")
+    tokenizer = train_tokenizer(["half past three"])
+    for name, content in tokenizer.files().items():
+        (tmp_path / "theirs" / name).write_bytes(content)
+    tokens = {"pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(tokens))
+    ours = tilewise.load(tmp_path / "theirs", dtype="bfloat16")
+    ours.save(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    assert again.dtype == torch.bfloat16
+    for name, tensor in theirs.bfloat16().state_dict().items():
+        if "embed_positions" not in name:  # Marian's are computed, in bfloat16 or before it
+            assert torch.equal(again.state_dict()[name], tensor), name
+    for reader in (tilewise.load(tmp_path / "ours").tokenizer, ours.tokenizer):
+        assert reader is not None and reader.encode(["pat"]) == tokenizer.encode(["pat"])
+    their_reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert their_reader("pat")["input_ids"] == tokenizer.encode(["pat"])[0]
+    assert their_reader.pad_token == "<pad>"
 
 
 @pytest.mark.parametrize("raw", CASES)
