@@ -7,7 +7,8 @@
 //     S = q K^T, dP = g V^T;  P = softmax(score(S));  dS = P (dP - sum_j P dP)
 //     dq = dS K;  dK^T += q^T dS;  dV^T += g^T P
 //
-// A task is one key head and a part of its queries. It packs the head's keys once; they, the scores
+// Where a key head has few queries attention_few.h takes the call. Else a
+// task is one key head and a part of its queries. It packs the head's keys once; they, the scores
 // and all between the products stay in cache. Backward finds P from the scores' own peak and sum:
 // exp(score - lse) is as coarse as an lse of 1e4 in float32, and sum(P dP) is exact where one key
 // takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products
@@ -17,11 +18,10 @@
 #include "attention.h"
 
 #include "attention_block.h"
+#include "attention_few.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
-
-constexpr float kNoGradient = -1e30f;  // rows with a smaller lse have none, as in every other way
 
 // A part of a key head's blocks, and the keys that they see.
 struct Part {
@@ -71,8 +71,7 @@ class Forward {
  private:
   void attend(const Item& item, const Block& block) {
     queries_.load(args_.q, item, block);
-    std::fill(peak_, peak_ + kRows, kLowest);
-    std::fill(sum_, sum_ + kRows, 0.0f);
+    std::fill(so_far_, so_far_ + kRows, SoFar());
     const int64_t rows = product_rows(block);
     if (block.first == block.last) std::fill(out_.data(), out_.data() + rows * args_.value_dim, 0);
     by_tiles(block.first, block.last, [&](int64_t first, int64_t last) {
@@ -80,55 +79,23 @@ class Forward {
       keys_.by_columns(queries_.data(), queries_.stride(), rows, first, last, scores_.data(),
                        count);
       for (int64_t i = 0; i < block.size(); ++i) {
-        soften(item, row_of(args_, item, block, i), i, first, count, first > block.first);
+        float* const s = scores_.data() + i * count;
+        soften(args_, item, row_of(args_, item, block, i), first, count, s, kept_.data(),
+               out_.data() + i * args_.value_dim, args_.value_dim, so_far_[i]);
+        if constexpr (kPerWord<T> == 2) round_row(s, count, p_row(i, count));
       }
       for (int64_t i = block.size(); i < rows; ++i) std::fill_n(p_row(i, count), count, T(0));
       values_.by_rows(p_row(0, count), count, rows, first, last, out_.data(), args_.value_dim,
                       first > block.first);
     });
-    finish(item, block);
+    for (int64_t i = 0; i < block.size(); ++i) {
+      finish<T>(args_, item, row_of(args_, item, block, i), so_far_[i],
+                out_.data() + i * args_.value_dim);
+    }
   }
 
   T* p_row(int64_t i, int64_t count) {
     return reinterpret_cast<T*>(kPerWord<T> == 1 ? scores_.data() : p_.data()) + i * count;
-  }
-
-  // Scores of row i become P, less what dropout drops; what out has so far follows the new peak.
-  void soften(const Item& item, const Row& row, int64_t i, int64_t first, int64_t count,
-              bool later) {
-    float* const s = scores_.data() + i * count;
-    score(args_, item, row, first, count, s, nullptr);
-    const float peak = larger_of(peak_[i], largest(s, count));
-    const float base = peak == kLowest ? 0.0f : peak;  // then every exp is 0 or NaN
-    const float sum = exponentials(s, count, base);
-    if (later && peak != peak_[i]) {
-      const float factor = peak_[i] == kLowest ? 0.0f : std::exp(peak_[i] - peak);
-      float* const out = out_.data() + i * args_.value_dim;
-      for (int64_t d = 0; d < args_.value_dim; ++d) out[d] *= factor;
-      sum_[i] *= factor;
-    }
-    peak_[i] = peak;
-    sum_[i] += sum;
-    if (args_.dropout) {
-      keep(args_, item, row, first, count, kept_.data());
-      for (int64_t j = 0; j < count; ++j) s[j] *= kept_.data()[j];
-    }
-    if constexpr (kPerWord<T> == 2) round_row(s, count, p_row(i, count));
-  }
-
-  static float larger_of(float a, float b) { return b > a ? b : a; }
-
-  void finish(const Item& item, const Block& block) {
-    for (int64_t i = 0; i < block.size(); ++i) {
-      const Row row = row_of(args_, item, block, i);
-      float* const out = out_.data() + i * args_.value_dim;
-      const bool dead = sum_[i] == 0.0f;  // its out is NaN where a value that it hides is
-      if (dead) std::fill_n(out, args_.value_dim, 0.0f);
-      write_row(out, dead ? 0.0f : args_.kept_scale / sum_[i], args_.value_dim,
-                rows_of<T>(args_.out, item, item.q_row + row.row, row.head));
-      const float base = peak_[i] == kLowest ? 0.0f : peak_[i];
-      *rows_of<float>(args_.lse, item, item.q_row + row.row, row.head) = base + std::log(sum_[i]);
-    }
   }
 
   const Attention& args_;
@@ -136,11 +103,12 @@ class Forward {
   Keys<T> keys_, values_;
   Queries<T> queries_;
   Floats scores_, p_, kept_, out_;
-  float peak_[kRows], sum_[kRows];
+  SoFar so_far_[kRows];
 };
 
 template <typename T>
 void forward(const Attention& args) {
+  if (are_few<T>(args)) return forward_few<T>(args);
   int64_t longest = 0, blocks = 1;
   for (int64_t i = 0; i < args.num_items; ++i) {
     longest = std::max(longest, args.items[i].length);
@@ -239,7 +207,9 @@ class Backward {
                        dscores_.data(), stride_);
     for (int64_t i = 0; i < rows; ++i) {
       if (i < block.size() && !dead_[i]) {
-        soften(item, row_of(args_, item, block, i), i, block.first, count);
+        soften(args_, item, row_of(args_, item, block, i), part_, block.first, count,
+               scores_.data() + i * stride_, dscores_.data() + i * stride_,
+               tanh_.data() + i * stride_, kept_.data());
       } else {
         std::fill_n(scores_.data() + i * stride_, count, 0.0f);
         std::fill_n(dscores_.data() + i * stride_, count, 0.0f);
@@ -270,62 +240,11 @@ class Backward {
     grads_.load(args_.grad, item, block);
     for (int64_t i = 0; i < block.size(); ++i) {
       const Row row = row_of(args_, item, block, i);
-      dead_[i] = *rows_of<float>(args_.lse, item, item.q_row + row.row, row.head) < kNoGradient;
+      dead_[i] = is_dead(args_, item, row);
       if (dead_[i]) std::fill_n(grads_.row(i), args_.value_dim, T(0));
     }
     queries_.transposed(staged_.data(), queries_t_.data());
     grads_.transposed(staged_.data(), grads_t_.data());
-  }
-
-  // Row i of q k^T becomes P, less what dropout drops; that of g v^T the gradient of q k^T / scale.
-  void soften(const Item& item, const Row& row, int64_t i, int64_t first, int64_t count) {
-    float* const s = scores_.data() + i * stride_;
-    float* const ds = dscores_.data() + i * stride_;
-    float* const tanh = tanh_.data() + i * stride_;
-    score(args_, item, row, first, count, s, tanh);
-    const float peak = largest(s, count);
-    const float sum = exponentials(s, count, peak == kLowest ? 0.0f : peak);
-    const Vec inverse(sum == 0.0f ? 0.0f : 1.0f / sum);
-    const int64_t begin = std::clamp<int64_t>(row.seen.first - first, 0, count);
-    const int64_t end = std::clamp<int64_t>(row.seen.last - first, begin, count);
-    std::fill(ds, ds + begin, 0.0f);  // a hidden value may be NaN
-    std::fill(ds + end, ds + count, 0.0f);
-    if (args_.dropout) drop(item, row, first, count, ds);
-    Vec dots(0.0f);
-    for (int64_t j = 0; j < count; j += kWidth) {
-      dots = at::vec::fmadd(Vec::loadu(s + j), Vec::loadu(ds + j), dots);
-    }
-    const Vec dot(sum_of(dots * inverse));
-    for (int64_t j = 0; j < count; j += kWidth) {
-      const Vec p = Vec::loadu(s + j) * inverse;
-      (p * (Vec::loadu(ds + j) - dot)).store(ds + j);
-      (args_.dropout ? p * Vec::loadu(kept_.data() + j) : p).store(s + j);
-    }
-    if (args_.dbias != nullptr) add_bias(item, row, first + begin, end - begin, ds + begin);
-    if (args_.softcap == 0.0f) return;
-    for (int64_t j = 0; j < count; j += kWidth) {
-      const Vec t = Vec::loadu(tanh + j), slope = Vec(1.0f) - t * t;
-      (Vec::loadu(ds + j) * slope).store(ds + j);
-    }
-  }
-
-  void drop(const Item& item, const Row& row, int64_t first, int64_t count, float* ds) {
-    float* const kept = kept_.data();
-    keep(args_, item, row, first, count, kept);
-    for (int64_t j = 0; j < count; ++j) ds[j] *= kept[j] * args_.kept_scale;
-  }
-
-  void add_bias(const Item& item, const Row& row, int64_t first, int64_t count, const float* ds) {
-    float* const to = args_.dbias + item.batch * args_.dbias_batch +
-                      row.head * args_.dbias_head + part_ * args_.dbias_part +
-                      row.row * args_.dbias_row + first * args_.dbias_key;
-    if (args_.dbias_key != 0) {
-      for (int64_t j = 0; j < count; ++j) to[j] += ds[j];
-    } else {
-      float sum = 0.0f;
-      for (int64_t j = 0; j < count; ++j) sum += ds[j];
-      *to += sum;
-    }
   }
 
   // sums [tile][width][keys of the tile] += a [width][kRows] times rows of keys.
@@ -393,6 +312,7 @@ class Backward {
 
 template <typename T>
 void backward(const AttentionBackward& args) {
+  if (are_few<T>(args)) return backward_few<T>(args);
   const int64_t items = args.share_items ? 1 : args.num_items;
   const int64_t heads = args.share_heads ? 1 : args.heads;
   struct Parts : Backward<T> {

@@ -17,13 +17,12 @@
 #include "attention.h"
 #include "dropout.h"
 #include "normaliser.h"
+#include "row_products.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
 
-using Vec = Vectorized<float>;
 using Floats = RowBuffer<float>;
-constexpr int64_t kWidth = kLanes<float>;
 constexpr int64_t kTile = 16;  // to a multiple of which lengths and widths are filled up
 constexpr int64_t kRows = 64;  // queries of a block
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -429,6 +428,97 @@ inline void keep(const Attention& args, const Item& item, const Row& row, int64_
   const auto from = static_cast<uint32_t>(first);
   for (uint32_t j = 0; j < count; ++j) {
     kept[j] = kept_at(mixed, from + j, args.threshold) ? 1.0f : 0.0f;
+  }
+}
+
+// ---- softmax of a row -------------------------------------------------------------------------
+
+constexpr float kNoGradient = -1e30f;  // rows with a smaller lse have none, as in every other way
+
+// Of the tiles of a row until now: the largest score, the sum of exp(score - peak).
+struct SoFar {
+  float peak = kLowest, sum = 0.0f;
+};
+
+// Products of a tile become P, less what dropout drops; what out has so far follows the new peak.
+inline void soften(const Attention& args, const Item& item, const Row& row, int64_t first,
+                   int64_t count, float* s, float* kept, float* out, int64_t width, SoFar& so_far) {
+  score(args, item, row, first, count, s, nullptr);
+  const float before = so_far.peak, found = largest(s, count);
+  const float peak = found > before ? found : before;
+  const float sum = exponentials(s, count, peak == kLowest ? 0.0f : peak);  // 0 or NaN there
+  if (so_far.sum != 0.0f && peak != before) {
+    const float factor = std::exp(before - peak);
+    for (int64_t d = 0; d < width; ++d) out[d] *= factor;
+    so_far.sum *= factor;
+  }
+  so_far.peak = peak;
+  so_far.sum += sum;
+  if (args.dropout) {
+    keep(args, item, row, first, count, kept);
+    for (int64_t j = 0; j < count; ++j) s[j] *= kept[j];
+  }
+}
+
+// Writes a row's out and lse; out is NaN where a value that a dead row hides is.
+template <typename T>
+void finish(const Attention& args, const Item& item, const Row& row, const SoFar& so_far,
+            float* out) {
+  const bool dead = so_far.sum == 0.0f;
+  if (dead) std::fill_n(out, args.value_dim, 0.0f);
+  write_row(out, dead ? 0.0f : args.kept_scale / so_far.sum, args.value_dim,
+            rows_of<T>(args.out, item, item.q_row + row.row, row.head));
+  const float base = so_far.peak == kLowest ? 0.0f : so_far.peak;
+  *rows_of<float>(args.lse, item, item.q_row + row.row, row.head) = base + std::log(so_far.sum);
+}
+
+inline bool is_dead(const Attention& args, const Item& item, const Row& row) {
+  return *rows_of<float>(args.lse, item, item.q_row + row.row, row.head) < kNoGradient;
+}
+
+inline void add_bias(const AttentionBackward& args, const Item& item, const Row& row, int64_t part,
+                     int64_t first, int64_t count, const float* ds) {
+  float* const to = args.dbias + item.batch * args.dbias_batch + row.head * args.dbias_head +
+                    part * args.dbias_part + row.row * args.dbias_row + first * args.dbias_key;
+  if (args.dbias_key != 0) {
+    for (int64_t j = 0; j < count; ++j) to[j] += ds[j];
+  } else {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < count; ++j) sum += ds[j];
+    *to += sum;
+  }
+}
+
+// A row of q k^T becomes P, less what dropout drops; that of g v^T the gradient of q k^T / scale.
+inline void soften(const AttentionBackward& args, const Item& item, const Row& row, int64_t part,
+                   int64_t first, int64_t count, float* s, float* ds, float* tanh, float* kept) {
+  score(args, item, row, first, count, s, tanh);
+  const float peak = largest(s, count);
+  const float sum = exponentials(s, count, peak == kLowest ? 0.0f : peak);
+  const Vec inverse(sum == 0.0f ? 0.0f : 1.0f / sum);
+  const int64_t begin = std::clamp<int64_t>(row.seen.first - first, 0, count);
+  const int64_t end = std::clamp<int64_t>(row.seen.last - first, begin, count);
+  std::fill(ds, ds + begin, 0.0f);  // a hidden value may be NaN
+  std::fill(ds + end, ds + count, 0.0f);
+  if (args.dropout) {
+    keep(args, item, row, first, count, kept);
+    for (int64_t j = 0; j < count; ++j) ds[j] *= kept[j] * args.kept_scale;
+  }
+  Vec dots(0.0f);
+  for (int64_t j = 0; j < count; j += kWidth) {
+    dots = at::vec::fmadd(Vec::loadu(s + j), Vec::loadu(ds + j), dots);
+  }
+  const Vec dot(sum_of(dots * inverse));
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Vec p = Vec::loadu(s + j) * inverse;
+    (p * (Vec::loadu(ds + j) - dot)).store(ds + j);
+    (args.dropout ? p * Vec::loadu(kept + j) : p).store(s + j);
+  }
+  if (args.dbias != nullptr) add_bias(args, item, row, part, first + begin, end - begin, ds + begin);
+  if (args.softcap == 0.0f) return;
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Vec t = Vec::loadu(tanh + j), slope = Vec(1.0f) - t * t;
+    (Vec::loadu(ds + j) * slope).store(ds + j);
   }
 }
 

@@ -19,24 +19,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
-#include "vectors.h"
+#include "row_products.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kWidth = kLanes<float>;
 constexpr int64_t kChunk = 256;
-constexpr int64_t kAhead = 8;       // positions between a prefetch and the use
 constexpr int64_t kWork = 1 << 15;  // multiply-adds per task, below which a thread costs more
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-template <typename T>
-void prefetch(const T* from, int64_t count) {
-  for (int64_t d = 0; d < count; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
-}
 
 int64_t padded(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth * kWidth; }
 
@@ -60,138 +51,6 @@ void locate(const DecodeAttention& args, int64_t row, int64_t head, int64_t begi
     *keys++ = k + from * args.k_stride.row + at * args.k_stride.position;
     *values++ = v + from * args.v_stride.row + at * args.v_stride.position;
   }
-}
-
-// The sums of four vectors' lanes.
-void sum_lanes(const Vec* sums, float* out) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m512 a = sums[0], b = sums[1], c = sums[2], d = sums[3];
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44),
-                                        _mm512_shuffle_ps(ab, cd, 0xEE));
-  const __m256 halves =
-      _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256 a = sums[0], b = sums[1], c = sums[2], d = sums[3];
-  const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-#else
-  for (int i = 0; i < 4; ++i) {
-    out[i] = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, sums[i]);
-  }
-#endif
-}
-
-// scores[i] = q . keys[i] for four keys.
-template <typename T>
-void dot(const T* q, const T* const* keys, int64_t head_dim, float* scores) {
-  const int64_t whole = head_dim - head_dim % kWidth;
-  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for (int64_t d = 0; d < whole; d += kWidth) {
-    const Vec query = read(q + d);
-    for (int i = 0; i < 4; ++i) sums[i] = at::vec::fmadd(query, read(keys[i] + d), sums[i]);
-  }
-  if (const int64_t rest = head_dim - whole) {
-    const Vec query = read(q + whole, rest);
-    for (int i = 0; i < 4; ++i) {
-      sums[i] = at::vec::fmadd(query, read(keys[i] + whole, rest), sums[i]);
-    }
-  }
-  sum_lanes(sums, scores);
-}
-
-#ifdef CPU_CAPABILITY_AVX512
-const bool kBFloat16Dot = __builtin_cpu_supports("avx512bf16");
-
-// The same with products of two bfloat16 lanes at a time.
-__attribute__((target("avx512bf16"))) void dot_bf16(const c10::BFloat16* q,
-                                                     const c10::BFloat16* const* keys,
-                                                     int64_t head_dim, float* scores) {
-  __m512 sums[4] = {};
-  for (int64_t d = 0; d < head_dim; d += 32) {
-    const __mmask32 lanes = d + 32 <= head_dim ? ~0u : (1u << (head_dim - d)) - 1;
-    const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(lanes, q + d);
-    for (int i = 0; i < 4; ++i) {
-      const __m512bh key = (__m512bh)_mm512_maskz_loadu_epi16(lanes, keys[i] + d);
-      sums[i] = _mm512_dpbf16_ps(sums[i], query, key);
-    }
-  }
-  const Vec wide[4] = {sums[0], sums[1], sums[2], sums[3]};
-  sum_lanes(wide, scores);
-}
-#endif
-
-// scores[m][i] = queries[m] . keys[i]; up to three more pointers follow the last key.
-template <typename T>
-void dots(const T* const* queries, int64_t shared, const T* const* keys, const T* const* values,
-          int64_t count, int64_t head_dim, float* scores) {
-  for (int64_t i = 0; i < count; i += 4) {
-    for (int64_t j = i; j < std::min(i + 4, count); ++j) {
-      prefetch(keys[std::min(j + kAhead, count - 1)], head_dim);
-      prefetch(values[j], head_dim);  // as fast as memory can: the weights come next
-    }
-    for (int64_t m = 0; m < shared; ++m) {
-#ifdef CPU_CAPABILITY_AVX512
-      if constexpr (std::is_same_v<T, c10::BFloat16>) {
-        if (kBFloat16Dot) {
-          dot_bf16(queries[m], keys + i, head_dim, scores + m * kChunk + i);
-          continue;
-        }
-      }
-#endif
-      dot(queries[m], keys + i, head_dim, scores + m * kChunk + i);
-    }
-  }
-}
-
-// acc[j][d..] = sum over i of p[j][i] values[i][d..], for Q queries and V vectors, the last of
-// which has `last` lanes.
-template <int Q, int V, typename T>
-void weigh(const float* p, const T* const* values, int64_t count, int64_t d, int64_t last,
-           float* acc, int64_t stride) {
-  Vec sum[Q][V];
-  for (int j = 0; j < Q; ++j) {
-    for (int v = 0; v < V; ++v) sum[j][v] = Vec(0.0f);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) prefetch(values[i + kAhead] + d, V * kWidth);
-    Vec value[V];
-    for (int v = 0; v < V; ++v) {
-      const T* const from = values[i] + d + v * kWidth;
-      value[v] = v + 1 == V && last < kWidth ? read(from, last) : read(from);
-    }
-    for (int j = 0; j < Q; ++j) {
-      const Vec weight(p[j * kChunk + i]);
-      for (int v = 0; v < V; ++v) sum[j][v] = at::vec::fmadd(weight, value[v], sum[j][v]);
-    }
-  }
-  for (int j = 0; j < Q; ++j) {
-    for (int v = 0; v < V; ++v) sum[j][v].store(acc + j * stride + d + v * kWidth);
-  }
-}
-
-template <int Q, typename T>
-void weigh(const float* p, const T* const* values, int64_t count, int64_t head_dim, float* acc,
-           int64_t stride) {
-  int64_t d = 0;
-  for (; d + 4 * kWidth <= head_dim; d += 4 * kWidth) {
-    weigh<Q, 4>(p, values, count, d, kWidth, acc, stride);
-  }
-  for (; d < head_dim; d += kWidth) {
-    weigh<Q, 1>(p, values, count, d, std::min(kWidth, head_dim - d), acc, stride);
-  }
-}
-
-// body(std::integral_constant<int, Q>(), j): Q queries from number j on, up to four at a time.
-template <typename Body>
-void by_four(int64_t count, const Body& body) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) body(std::integral_constant<int, 4>(), j);
-  if (count - j == 3) body(std::integral_constant<int, 3>(), j);
-  if (count - j == 2) body(std::integral_constant<int, 2>(), j);
-  if (count - j == 1) body(std::integral_constant<int, 1>(), j);
 }
 
 // Dot products of `count` positions from `begin` on become weights; returns their peak and sum.
@@ -259,7 +118,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chun
                  (head * args.group + m / args.queries) * args.q_stride.head +
                  m % args.queries * args.q_stride.position;
   }
-  dots(queries, shared, keys, values, count, args.head_dim, scores);
+  dots(queries, shared, keys, values, count, args.head_dim, scores, kChunk);
   for (int64_t m = 0; m < shared; ++m) {
     const Weights weights = soften(args, row, head * args.group + m / args.queries,
                                    m % args.queries, begin, count, scores + m * kChunk);
@@ -267,7 +126,8 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chun
     partial[m * stride + width + 1] = weights.total;
   }
   by_four(shared, [&](auto some, int64_t m) {
-    weigh<some()>(scores + m * kChunk, values, count, args.head_dim, partial + m * stride, stride);
+    weigh<some()>(scores + m * kChunk, kChunk, values, count, args.head_dim, partial + m * stride,
+                  stride, false);
   });
 }
 

@@ -109,13 +109,6 @@ def native_refuses(q: Tensor, *_: object) -> str | None:
     return None
 
 
-def _native_slower(q: Tensor, k: Tensor, v: Tensor, *scoring: Any) -> str | None:
-    if q.dtype == torch.float32 and q.shape[1] * q.shape[2] < 16 * k.shape[1]:
-        if attention_cpu.refuses(q, k, v, *scoring) is None:
-            return "it packs the keys: for few queries torch's kernel, which does not, is faster"
-    return native_lacks(q)
-
-
 def _native_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return native.op("attention_forward")(q, *rest)
 
@@ -181,10 +174,8 @@ OP = Op(
             devices=("cpu",),
             missing=native.missing,
             refuses=native_refuses,
-            slower=_native_slower,
-            refuses_backward=lambda grad, q, k, v, out, lse, *rest: (
-                _native_slower(q, k, v, *rest[:-1]) or native_refuses(q)
-            ),
+            slower=native_lacks,
+            refuses_backward=lambda grad, q, *_: native_refuses(q),
         ),
         Implementation(
             "torch",

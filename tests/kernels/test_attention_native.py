@@ -83,6 +83,57 @@ def test_heads_of_short_queries_share_a_block(heads, sq, dtype):
     agree([*tensors, normal(1, heads[0], sq, 40, seed=4)], dtype)
 
 
+FEW: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (40, 2), "softcap": 3.0},
+    "padded": {"key_lengths": torch.tensor([0, 530])},
+    "one key": {"key_lengths": torch.tensor([1, 3]), "causal": True},
+    "dropout": {"dropout_p": 0.3, "alibi_slopes": torch.tensor([0.1, 0.2, 0.0, -0.1])},
+    "mask": {"mask": normal(2, 1, 1, 1030, seed=6) > 0},
+    "float mask": {"mask": normal(1030, seed=6)},
+}
+
+
+@pytest.mark.parametrize("options", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("sq", [1, 2, 3, 4, 8])
+def test_few_queries_read_keys_where_they_lie(options, sq, dtype):
+    agree(qkv(dtype, (4, 2), (sq, 1030), D=33, Dv=70), dtype, **options)
+
+
+@pytest.mark.parametrize("shape", [
+    (2, 4, 3, 37), (1, 4, 3, 37), (2, 1, 3, 37), (3, 37), (3, 1), (2, 4, 1, 37), (1, 1, 1, 37),
+], ids=str)  # fmt: skip
+def test_gradients_of_a_bias_under_few_queries(shape, dtype):
+    agree([*qkv(dtype, (4, 2), (3, 37)), normal(*shape, seed=4)], dtype, softcap=3.0)
+
+
+def test_few_queries_give_the_same_bits_for_any_number_of_threads(dtype):
+    tensors, threads = (
+        [*qkv(dtype, (4, 2), (3, 700)), normal(3, 700, seed=4)],
+        torch.get_num_threads(),
+    )
+    found = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(run(tensors, causal=True, dropout_p=0.1))
+    finally:
+        torch.set_num_threads(threads)
+    for name, first in found[0].items():
+        assert all(torch.equal(first, each[name]) for each in found[1:]), name
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_padding_of_few_queries_never_leaks(poison, dtype):
+    tensors, lengths = qkv(dtype, (4, 2), (3, 37)), torch.tensor([0, 20])
+    spoilt = [tensors[0], *(t.clone() for t in tensors[1:])]
+    for t in spoilt[1:]:
+        t[0], t[1, :, 20:] = poison, poison
+    clean, found = (run(t, key_lengths=lengths) for t in (tensors, spoilt))
+    assert all(torch.equal(clean[name], found[name]) for name in clean)
+
+
 @pytest.mark.parametrize("options", [
     {"window": (3, 2)}, {"window": (70, 0)}, {"window": (100, None), "causal": True},
     {"window": (0, 0), "key_lengths": torch.tensor([77, 600])},
@@ -209,6 +260,7 @@ def test_bad_cu_seqlens_are_refused_in_a_compiled_graph_too(edges, side, dtype):
 def test_it_is_chosen_and_leaves_other_dtypes_silently(dtype, recwarn):
     q = normal(2, 2, 64, 16).to(dtype)
     assert explain(attention, q, q, q).implementation == "native"
+    assert explain(attention, q[:, :, :1], q, q).implementation == "native"
     for other in (torch.float16, torch.float64):
         assert explain(attention, *[q.to(other)] * 3).implementation != "native"
     assert not recwarn.list
