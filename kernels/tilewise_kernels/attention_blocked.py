@@ -273,6 +273,8 @@ def blocked_backward(
             dv[at.context] += _by_key_head(dropped, keys.shape[1]).mT @ g
         # P (dP - rowsum(P dP)); not from out and grad: so it is exact where one key takes all
         ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
+        if some_dead:  # 0 times a hidden value that is not finite
+            ds.masked_fill_(dead[at.queries][..., None], 0)
         if dbias is not None and needs[3]:
             region = at.of(dbias)
             region += ds.sum_to_size(region.shape)
@@ -281,6 +283,8 @@ def blocked_backward(
         ds = _by_key_head(ds, keys.shape[1])
         if needs[0]:
             dq[at.queries] = ((ds @ keys) * how.scale).view(rows.shape)
+            if some_dead:  # likewise a hidden key
+                dq[at.queries].masked_fill_(dead[at.queries][..., None], 0)
         if needs[1]:
             dk[at.context] += ds.mT @ _by_key_head(rows * how.scale, keys.shape[1])
     if how.bias is not None and dbias is not None:

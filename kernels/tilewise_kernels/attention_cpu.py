@@ -323,8 +323,10 @@ def _backward_qkv(
     width = given.k.shape[3]
     grad = grad.contiguous() if 0 in grad.stride() else grad
     q, out, grad = (_widened(t, width) for t in (q, out, grad))
+    dead = None
     if given.terms or given.line is not None or given.lengths is not None:  # there may be dead rows
-        lse = lse.masked_fill(lse < NO_GRADIENT, torch.inf)  # exp(score - inf) = 0
+        dead = lse < NO_GRADIENT
+        lse = lse.masked_fill(dead, torch.inf)  # exp(score - inf) = 0
     pieces = _pieces(q, given, how)
     if _one_call(pieces, q, given):
         mask = _mask(given, pieces[0], sq)
@@ -343,5 +345,7 @@ def _backward_qkv(
             dq[at] = _turned(share, given)
             dk[keys] += dk_share
             dv[keys] += dv_share
+    if dead is not None:  # NaN where a key that it hides is not finite
+        dq = dq.masked_fill_(dead[..., None], 0)
     dk, dv = (_per_key_head(t, hkv).to(k.dtype) for t in (dk[..., :d], dv[..., :head_dim]))
     return dq[..., :d].to(q.dtype), dk, dv

@@ -277,6 +277,21 @@ def test_keys_outside_every_window_are_not_read(way, options):
     assert all(torch.equal(found[name], clean[name]) for name in clean)
 
 
+@pytest.mark.parametrize("poison", [math.nan, INF])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dead_row_has_gradient_0_beside_keys_that_are_not_finite(way, poison):
+    tensors, grad = qkv((2, 1), (5, 20))
+    for name in "kv":
+        tensors[name][0, :, 7:] = poison
+    mask = torch.ones(2, 1, 5, 20, dtype=torch.bool)
+    mask[0, :, 3] = False
+    with force(way):
+        found = run(ours, tensors, F32, grad, mask=mask)
+    assert (found["out"][0, :, 3] == 0).all() and (found["dq"][0, :, 3] == 0).all()
+    assert found["out"][0, :, 2].isnan().all()
+    assert all(found[name][1].isfinite().all() for name in ("out", "dq", "dk", "dv"))
+
+
 def test_rows_whose_window_is_empty():
     """More queries than keys: the first rows look before the first key."""
     tensors, grad = qkv((2, 1), (40, 20))
