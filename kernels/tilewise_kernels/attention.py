@@ -24,7 +24,6 @@ express; blocked (attention_blocked.py): plain torch over blocks of queries, for
 reference: the same with the whole score matrix.
 """
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -47,7 +46,15 @@ from .checks import (
     same_device,
 )
 from .launch import architecture
-from .op import Cost, Implementation, Op, accumulator, autocast_dtype, plain_eager
+from .op import (
+    Cost,
+    Implementation,
+    Op,
+    accumulator,
+    autocast_dtype,
+    plain_eager,
+    warn_once,
+)
 
 # -- triton --------------------------------------------------------------------------------------
 
@@ -117,6 +124,9 @@ def _native_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     *scoring, needs = rest
+    if lost := native_refuses(q):  # oneDNN was there in forward and has been turned off
+        warn_once(f"tilewise: attention's backward leaves its native way: {lost}")
+        return blocked_backward(grad, q, k, v, out, lse, *rest)
     return native.op("attention_backward")(grad, q, k, v, lse, *scoring, needs[3])
 
 
@@ -240,9 +250,11 @@ def check_slopes(op: str, slopes: Tensor | None, q: Tensor) -> None:
         raise fail(op, "alibi_slopes", "one that requires grad", takes)
     # a GPU would have to wait for the values; a list of a few is quicker than an op
     if slopes.is_cpu and plain_eager([slopes]):
-        wrong = [slope for slope in slopes.tolist() if not math.isfinite(slope)]
+        largest = torch.finfo(accumulator(q.dtype)).max  # the kernels' own dtype
+        wrong = [slope for slope in slopes.tolist() if not abs(slope) <= largest]
         if wrong:
-            raise fail(op, "alibi_slopes", f"holding {wrong[0]}", "pass finite slopes")
+            takes = f"pass finite slopes, of at most {largest:.3g}"
+            raise fail(op, "alibi_slopes", f"holding {wrong[0]}", takes)
 
 
 def check_bias(op: str, bias: Tensor, q: Tensor, sk: int, meaning: str) -> None:

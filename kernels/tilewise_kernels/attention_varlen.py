@@ -39,7 +39,7 @@ from .checks import (
     matches,
     same_device,
 )
-from .op import Cost, Implementation, Op, Outputs, accumulator, autocast_dtype
+from .op import Cost, Implementation, Op, Outputs, accumulator, autocast_dtype, warn_once
 
 NAME = "attention_varlen"
 NO_MASKS = (None, None, None)  # attention's mask, bias and key_lengths
@@ -160,6 +160,9 @@ def _native_forward(q: Tensor, *rest: Any) -> Outputs:
 def _native_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
+    if lost := native_refuses(q):  # oneDNN was there in forward and has been turned off
+        warn_once(f"tilewise: {NAME}'s backward leaves its native way: {lost}")
+        return OP.implementations["blocked"].backward(grad, q, k, v, out, lse, *rest)
     return native.op("attention_varlen_backward")(grad, q, k, v, lse, *rest[:-1])
 
 

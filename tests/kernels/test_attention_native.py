@@ -5,6 +5,7 @@ Shapes: q [B, Hq, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]. Blocks are of 6
 """
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -255,6 +256,28 @@ def test_bad_cu_seqlens_are_refused_in_a_compiled_graph_too(edges, side, dtype):
     cu = {"q": good, "k": good} | {side: torch.tensor(edges)}
     with pytest.raises(ValueError, match=f"cu_seqlens_{side}"):
         packed(q, q, q, cu["q"], cu["k"])
+
+
+@pytest.mark.parametrize("sq", [3, 40])
+def test_backward_without_onednn_that_forward_had(sq, dtype):
+    tensors, cu = qkv(dtype, (4, 2), (sq, 40), B=1), torch.tensor([0, 40])
+    for packed in (False, True)[: 1 + (sq == 40)]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        torch.manual_seed(5)
+        if packed:
+            q, k, v = (t[0].transpose(0, 1) for t in leaves)
+            out = attention_varlen(q, k, v, cu, cu, causal=True, dropout_p=0.2)
+        else:
+            out = attention(*leaves, causal=True, dropout_p=0.2)
+        grad = normal(*out.shape, seed=9).to(dtype)
+        expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        with warnings.catch_warnings():  # told once in a process
+            warnings.simplefilter("ignore")
+            with torch.backends.mkldnn.flags(enabled=False):
+                found = torch.autograd.grad(out, leaves, grad)
+        for got, true in zip(found, expected, strict=True):
+            atol = (2e-5 if dtype == F32 else 2e-2) * true.abs().max().item()
+            torch.testing.assert_close(got, true, rtol=0, atol=atol)
 
 
 def test_it_is_chosen_and_leaves_other_dtypes_silently(dtype, recwarn):

@@ -9,6 +9,7 @@ import torch
 from tilewise_kernels import attention, explain, force
 from tilewise_kernels.errors import ArgumentError, KernelUnavailable
 
+SLOPES = torch.tensor([1.0, 1e39], dtype=torch.float64)  # infinite in float32
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"bias": [[0.0]]}, "bias is list"),
     ({"bias": torch.ones(5, 5, dtype=torch.bool)}, "bias is torch.bool"),
@@ -22,6 +23,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes is one that requires"),
     ({"alibi_slopes": torch.tensor([1.0, math.nan])}, "alibi_slopes is holding nan; pass finite"),
     ({"alibi_slopes": torch.tensor([1.0, -math.inf])}, "alibi_slopes is holding -inf"),
+    (
+        {"alibi_slopes": SLOPES},
+        r"alibi_slopes is holding 1e\+39; pass finite slopes, of at most 3.4",
+    ),
     ({"scale": math.nan}, "scale is NaN; pass a finite number"),
     ({"scale": math.inf}, "scale is inf"),
     ({"window": 3}, "window is 3; pass"),
