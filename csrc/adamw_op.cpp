@@ -59,7 +59,8 @@ bool adamw_usual(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
   spans.reserve(5 * count);
   const auto fits = [&](const Tensor& tensor, const Tensor& param) {
     if (!is_float_tensor(tensor) || tensor.device() != params[0].device() ||
-        tensor.sizes() != param.sizes() || !tensor.is_non_overlapping_and_dense()) {
+        tensor.sizes() != param.sizes() || !tensor.is_non_overlapping_and_dense() ||
+        tensor.is_neg() || tensor.is_inference()) {
       return false;
     }
     const auto* const from = static_cast<const char*>(tensor.const_data_ptr());

@@ -228,17 +228,32 @@ def _check_place(i: int, names: Sequence[str], place: Sequence[Tensor | None]) -
         raise fail("adamw_step", f"exp_avg_sqs[{i}]", got, "cast both moments alike")
 
 
+def _check_writable(label: str, tensor: Tensor) -> None:
+    """Raise where torch lets nobody write into a tensor in place."""
+    if tensor.is_neg():
+        takes = f"step {label}.resolve_neg() and keep it"
+        raise fail("adamw_step", label, "a view with the negative bit", takes)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        takes = f"step {label}.clone() and keep it, or step inside inference mode"
+        raise fail("adamw_step", label, "made in inference mode", takes)
+
+
 def _check_memory(named: Mapping[str, Sequence[Tensor | None]]) -> None:
-    """Raise if an element that the step writes is an element of another tensor, or its own twin.
+    """Raise if an element that the step writes is an element of another tensor, or its own twin, or
+    may not be written.
 
     Of a tensor with gaps only the first element is looked for: others may lie in the gaps.
     """
     spans: list[tuple[int, int, int, str, bool]] = []
     for name, tensors in named.items():
         for i, tensor in enumerate(tensors):
-            if tensor is None or tensor.numel() == 0:
+            if tensor is None:
                 continue
             label, overlap = f"{name}[{i}]", torch._debug_has_internal_overlap(tensor)
+            if name != "grads":
+                _check_writable(label, tensor)
+            if tensor.numel() == 0:
+                continue
             if overlap == 1 and name != "grads":
                 raise fail("adamw_step", label, "expanded", f"pass {label}.contiguous()")
             size = tensor.nbytes if overlap == 0 else tensor.element_size()

@@ -513,6 +513,43 @@ def test_bad_input_changes_nothing(changes, message):
     assert all(torch.equal(given[name][0], value) for name, value in before.items())
 
 
+def negative(*shape):
+    return torch.complex(torch.ones(shape), -torch.ones(shape)).conj().imag
+
+
+def from_inference(*shape):
+    with torch.inference_mode():
+        return torch.ones(shape)
+
+
+@pytest.mark.parametrize("size", (3, 0))
+@pytest.mark.parametrize("name", ("params", "exp_avgs", "exp_avg_sqs", "master"))
+@pytest.mark.parametrize("make, message", [
+    (negative, r"a view with the negative bit; step .*\.resolve_neg\(\)"),
+    (from_inference, r"made in inference mode; step .*\.clone\(\)"),
+])  # fmt: skip
+def test_tensors_that_torch_would_not_write_are_refused(make, message, name, size):
+    dtype = BF16 if name == "master" else F32
+    lists = {each: [torch.ones(4, dtype=dtype), torch.ones(size, dtype=dtype)]
+             for each in ("params", "grads", "exp_avgs", "exp_avg_sqs")}  # fmt: skip
+    lists[name] = [torch.ones(4), make(size)]
+    before = {each: [t.clone() for t in tensors] for each, tensors in lists.items()}
+    with pytest.raises(ArgumentError, match=rf"adamw_step: {name}\[1\] is {message}"):
+        adamw_step(**lists, step=1, lr=0.1)
+    for each, tensors in lists.items():
+        assert all(map(torch.equal, tensors, before[each])), each
+
+
+def test_gradients_may_be_negative_views_or_from_inference(way):
+    for make in (negative, from_inference):
+        grad, found = make(3), []
+        for each in (grad, grad.clone().resolve_neg()):
+            state = State([torch.ones(3)])
+            state.step([each], 1)
+            found.append(state.params[0])
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "at, message",
     [
