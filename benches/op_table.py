@@ -89,7 +89,7 @@ def measured(case: Case, options: Options, inputs: dict) -> tuple[str, bool]:
     every = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator(every[0].device).manual_seed(1)
     grads = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in every]
-    judge = Judge(case, options, inputs, grads if case.trains else None)
+    judge = Judge(case, options, inputs, grads if _ops[case.op].inputs_with_grad else None)
 
     def run() -> dict:
         call = lambda t: case.ours(t, options)  # noqa: E731
