@@ -23,7 +23,7 @@ from .checkpoints import (
 )
 from .checkpoints.copying import untied
 from .checkpoints.reading import WeightFiles, listed
-from .config import AnyConfig, usable_ids
+from .config import AnyConfig, ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
@@ -105,14 +105,21 @@ class Model(nn.Module):
         self,
         texts: Sequence[str] | Sequence[Sequence[int]],
         contexts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+        *,
+        language: str | None = None,
         **options: Any,
     ) -> list[Score]:
         """Log-probabilities of texts, each behind its context (a seq2seq model: its source).
 
         texts, contexts: strings, or lists of token ids. A string and its context are encoded as
-        one text. options: batch_tokens, stride; see tilewise.scoring.score. Raises ArgumentError,
-        TokenizerError.
+        one text; a seq2seq model's as target and source. language: of mBART's target strings,
+        such as "ro_RO"; None: the one that decoding starts with, else the tokenizer's. options:
+        batch_tokens, stride; see tilewise.scoring.score. Raises ArgumentError, TokenizerError.
         """
+        if self._is_seq2seq and _are_strings(texts):
+            texts, options["wrap"] = self._targets(texts, language)  # type: ignore[arg-type]
+        elif language is not None:
+            raise ArgumentError("language is of a seq2seq model's target strings; leave it out")
         together = contexts is not None and not self._is_seq2seq
         if not (together and _are_strings(texts) and _are_strings(contexts)):
             ids = self._ids("texts", texts, self.config.output_vocab_size)
@@ -125,6 +132,14 @@ class Model(nn.Module):
         found = self._need_tokenizer().encode_after(contexts, texts)  # type: ignore[arg-type]
         before, after = [ids[:n] for ids, n in found], [ids[n:] for ids, n in found]
         return scoring.score(self.network, after, before, **options)
+
+    def _targets(self, texts: Sequence[str], language: str | None) -> tuple[list[list[int]], bool]:
+        """Ids of a seq2seq model's targets, and whether their last says how decoding starts."""
+        tokenizer, config = self._need_tokenizer(), self.config
+        wrap = isinstance(config, ModelConfig) and config.wrap_labels
+        if language is None and wrap and config.decoder_start_token_id is not None:
+            language = tokenizer.language(config.decoder_start_token_id)
+        return tokenizer.encode_targets(texts, language), wrap
 
     def embed(
         self,

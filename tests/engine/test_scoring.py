@@ -172,6 +172,7 @@ def test_few_shot_prompts_and_choices() -> None:
         (lambda m: m.score([[1, 2]], batch_tokens=0), "batch_tokens is 0"),
         (lambda m: m.score([list(range(20))], stride=12), "stride is 12"),
         (lambda m: m.score(["text"]), "no tokenizer"),
+        (lambda m: m.score([[1, 2]], language="ro_RO"), "language is of a seq2seq model's"),
         (lambda m: m.embed([[]]), r"rows\[0\] is empty"),
         (lambda m: m.embed([[1]], pooling="max"), "pooling is 'max'"),
         (lambda m: m.embed([[1] * 13]), "13 tokens long"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tilewise.errors import TokenizerError
-from tilewise.text import Tokenizer, load_tokenizer
+from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
 
 CORPUS = [
     "the seventeenth of March, 2019",
@@ -412,23 +412,56 @@ def test_llama(tmp_path: Path) -> None:
     ]
 
 
-def test_mbart(tmp_path: Path) -> None:
+def write_mbart(folder: Path, **settings: Any) -> tuple[Tokenizer, Any]:
+    """(ours of the folder's sentencepiece model, transformers' own)."""
     import transformers
 
     model = train("mbart")
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
-    write(tmp_path, config={"model_type": "mbart"}, tokenizer_config={"src_lang": "ro_RO"})
-    tokenizer, library = loaded(tmp_path), pieces(model)
+    (folder / "sentencepiece.bpe.model").write_bytes(model)
+    write(folder, config={"model_type": "mbart"}, tokenizer_config=settings)
     first = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     codes = transformers.models.mbart.tokenization_mbart.FAIRSEQ_LANGUAGE_CODES
     last = [(code, 0.0) for code in [*codes, "<mask>"]]
-    vocab = [*first, *scored(library)[3:], *last]
-    oracle = transformers.MBartTokenizer(vocab=vocab, src_lang="ro_RO")
+    vocab = [*first, *scored(pieces(model))[3:], *last]
+    return loaded(folder), transformers.MBartTokenizer(vocab=vocab, **settings)
+
+
+def test_mbart(tmp_path: Path) -> None:
+    tokenizer, oracle = write_mbart(tmp_path, src_lang="ro_RO")
     assert_same(tokenizer, oracle, [*CORPUS, "", "half <mask> past"])
     ids = tokenizer.encode(CORPUS)
     assert all(row[-2:] == [2, tokenizer.token_to_id("ro_RO")] for row in ids)
     assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
     assert reloaded(tokenizer, tmp_path / "again").encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+@pytest.mark.parametrize("form", ["sentencepiece", "tokenizer.json", "mbart50"])
+@pytest.mark.parametrize("own", [None, "de_DE"])
+def test_targets_of_mbart(tmp_path: Path, form: str, own: str | None) -> None:
+    import transformers
+
+    settings = {"src_lang": "ro_RO"} | ({"tgt_lang": own} if own else {})
+    tokenizer, oracle = write_mbart(tmp_path, **settings)
+    if form == "mbart50":
+        vocab = scored(pieces((tmp_path / "sentencepiece.bpe.model").read_bytes()))
+        oracle = transformers.MBart50Tokenizer(vocab=vocab, **settings)
+    if form != "sentencepiece":
+        oracle.save_pretrained(tmp_path / "json")
+        tokenizer = loaded(tmp_path / "json")
+    texts = [*CORPUS, "", "half <mask> past", "half ro_RO past"]
+    assert tokenizer.encode(texts) == oracle(texts)["input_ids"]
+    found = tokenizer.encode_targets(texts)
+    assert found == oracle(text_target=texts)["input_ids"]
+    assert (found == tokenizer.encode(texts)) == (own is None)
+    oracle.tgt_lang = "ja_XX"
+    assert tokenizer.encode_targets(texts, "ja_XX") == oracle(text_target=texts)["input_ids"]
+    assert tokenizer.encode(texts) == oracle(texts)["input_ids"]
+    token = tokenizer.token_to_id("ja_XX")
+    assert token is not None and tokenizer.language(token) == "ja_XX"
+    assert tokenizer.language(2) is None
+    for code in ("xx_XX", "half", "</s>"):
+        with pytest.raises(TokenizerError, match=f"the target language is '{code}'"):
+            tokenizer.encode_targets(texts, code)
 
 
 def test_xlm_roberta(tmp_path: Path) -> None:
@@ -489,7 +522,7 @@ def test_camembert(tmp_path: Path, named: bool) -> None:
 
 
 def write_marian(folder: Path) -> Path:
-    source, target = train("mbart"), train("mbart", vocab_size=80)
+    source, target = train("mbart"), train("mbart", vocab_size=80, model_type="bpe")
     tokens = [piece for model in (source, target) for piece, _ in scored(pieces(model))[3:]]
     tokens = ["</s>", "<unk>", *dict.fromkeys(tokens), ">>fr<<", "<pad>"]
     (folder / "source.spm").write_bytes(source)
@@ -508,6 +541,71 @@ def test_marian(tmp_path: Path) -> None:
     ids = tokenizer.encode(CORPUS)
     assert tokenizer.decode(ids) == oracle.batch_decode(ids, skip_special_tokens=True)
     assert reloaded(tokenizer, tmp_path / "again").encode(texts) == tokenizer.encode(texts)
+
+
+def test_targets_of_marian(tmp_path: Path) -> None:
+    import transformers
+
+    write_marian(tmp_path)
+    tokenizer = loaded(tmp_path)
+    oracle = transformers.MarianTokenizer.from_pretrained(tmp_path)
+    texts = [*TEXTS, *CORPUS, ">>fr<< half past", ""]
+    found = tokenizer.encode_targets(texts)
+    assert found == oracle(text_target=texts)["input_ids"]
+    assert found != tokenizer.encode(texts), "the two models must split differently"
+    with pytest.raises(TokenizerError, match="marks no languages"):
+        tokenizer.encode_targets(texts, "ro_RO")
+
+
+@pytest.mark.parametrize("language", [None, "ja_XX"])
+@pytest.mark.parametrize("kind", ["marian", "mbart"])
+def test_scores_of_target_texts(tmp_path: Path, kind: str, language: str | None) -> None:
+    """The loss of transformers, which is given the same texts as targets."""
+    import torch
+    import transformers
+
+    import tilewise
+
+    if kind == "marian":
+        write_marian(tmp_path)
+        oracle: Any = transformers.MarianTokenizer.from_pretrained(tmp_path)
+        start, language = oracle.pad_token_id, None
+    else:
+        oracle = write_mbart(tmp_path, src_lang="ro_RO")[1]
+        start = oracle.convert_tokens_to_ids("de_DE")
+        oracle.tgt_lang = language or "de_DE"  # what decoding starts with
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 20}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 20}
+    named = {"pad_token_id": oracle.pad_token_id, "decoder_start_token_id": start}
+    many = 1 + max(oracle.get_vocab().values())
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=many, **sizes, **heads, **named, init_std=0.5, forced_eos_token_id=None
+    )
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    texts, sources = CORPUS, CORPUS[::-1]
+    ours = tilewise.load(tmp_path)
+    found = ours.score(texts, sources, language=language)
+    for text, source, each in zip(texts, sources, found, strict=True):
+        both = oracle(source, text_target=text, return_tensors="pt")
+        with torch.no_grad():
+            loss = theirs(input_ids=both["input_ids"], labels=both["labels"]).loss
+        assert each.tokens == both["labels"][0].tolist()
+        assert each.mean == pytest.approx(-float(loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_targets_of_others_are_like_sources(tmp_path: Path, kind: str) -> None:
+    if kind == "t5":
+        (tmp_path / "spiece.model").write_bytes(train("t5"))
+        write(tmp_path, tokenizer_config={"tokenizer_class": "T5Tokenizer"})
+        tokenizer: Tokenizer | None = load_tokenizer(tmp_path)
+    else:
+        tokenizer = train_tokenizer(CORPUS, vocab_size=80)
+    assert tokenizer is not None
+    texts = [*CORPUS, "", "half <extra_id_0> past"]
+    assert tokenizer.encode_targets(texts) == tokenizer.encode(texts)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,14 +70,16 @@ def score(
     *,
     batch_tokens: int = 4096,
     stride: int | None = None,
+    wrap: bool = False,
 ) -> list[Score]:
     """Score every text (token ids), in order.
 
     A Decoder scores texts behind their contexts, which may be empty; without anything before it a
     first token has no probability and is left out. A Seq2Seq scores texts as targets of their
-    contexts, its sources, from decoder_start_token_id on. batch_tokens: what runs together,
-    padding included. stride: texts longer than the model's positions are scored in windows, each
-    this many tokens further; None: half the positions. Raises ArgumentError.
+    contexts, its sources, from decoder_start_token_id on, or with `wrap` each from its own last
+    token, which names its language. batch_tokens: what runs together, padding included. stride:
+    texts longer than the model's positions are scored in windows, each this many tokens further;
+    None: half the positions. Raises ArgumentError.
     """
     if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} has no next token to score; use fill_mask")
@@ -90,7 +92,7 @@ def score(
         raise ArgumentError(f"contexts has {len(contexts)} rows and texts {len(texts)}; as many")
     with evaluating(model):
         if isinstance(model, AnySeq2Seq):
-            return _score_targets(model, texts, contexts, batch_tokens)
+            return _score_targets(model, texts, contexts, batch_tokens, wrap)
         return _score_continuations(model, texts, contexts, batch_tokens, stride)
 
 
@@ -144,18 +146,20 @@ def _score_targets(
     texts: Sequence[Sequence[int]],
     sources: Sequence[Sequence[int]],
     batch_tokens: int,
+    wrap: bool,
 ) -> list[Score]:
-    start = model.config.decoder_start_token_id
-    if start is None:
-        raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
     check_length("contexts", sources, model.config)
     check_length("texts", texts, model.config)
+    start = model.config.decoder_start_token_id
+    if start is None and not wrap:
+        raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
+    starts = [text[-1] if start is None or wrap else start for text in texts]
     device = next(model.parameters()).device
     scores = [Score(list(text), []) for text in texts]
     sizes = [len(s) + len(t) for s, t in zip(sources, texts, strict=True)]
     for batch in by_tokens(sizes, batch_tokens):
         source, source_lengths = padded([sources[i] for i in batch], device)
-        target, lengths = padded([[start, *texts[i]] for i in batch], device)
+        target, lengths = padded([[starts[i], *texts[i]] for i in batch], device)
         real = torch.arange(source.shape[1], device=device) < source_lengths[:, None]
         out = model(source, real.long(), decoder_input_ids=target[:, :-1])
         for row, i in enumerate(batch):

@@ -74,6 +74,8 @@ class PieceTokenizer(Tokenizer):
         self._first, self._writer = processor(models[0]), processor(models[-1])
         later = models[0] + NO_PREFIX if numbering.prefixed_once else models[0]
         self._later = processor(later)
+        both = len(models) > 1
+        self._targets = (self._writer,) * 2 if both else (self._first, self._later)
         self._tokens = {index: token for token, index in numbering.ids.items()}
         longest_first = sorted(numbering.specials, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -100,6 +102,14 @@ class PieceTokenizer(Tokenizer):
             room = room_for_text(max_length, len(prefix) + len(suffix))
             rows = [row[:room] if cut == "right" else row[-room:] for row in rows]
         return [[*prefix, *row, *suffix] for row in rows]
+
+    def encode_targets(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        check_texts(texts)
+        prefix, suffix = self._ids(self._numbering.prefix), self._ids(self._numbering.suffix)
+        if (target := self._target_language(language)) is not None:
+            prefix = [target if self.language(index) else index for index in prefix]
+            suffix = [target if self.language(index) else index for index in suffix]
+        return [[*prefix, *self._pieces(text, *self._targets), *suffix] for text in texts]
 
     def encode_after(
         self, contexts: Sequence[str], texts: Sequence[str]
@@ -148,10 +158,12 @@ class PieceTokenizer(Tokenizer):
                 yield stretch, begin, i % 2 == 1
             begin += len(stretch)
 
-    def _pieces(self, text: str) -> list[int]:
+    def _pieces(self, text: str, first: Any = None, later: Any = None) -> list[int]:
+        """Ids by the model of a text's first stretch and that of later ones; None: sources'."""
+        first, later = first or self._first, later or self._later
         found: list[str] = []
         for stretch, begin, special in self._stretches(text):
-            model = self._later if begin else self._first
+            model = later if begin else first
             found += [stretch] if special else model.encode(stretch, out_type=str)
         return self._ids(found)
 
@@ -170,16 +182,20 @@ class PieceTokenizer(Tokenizer):
         tokens = [self._tokens[index] for index in row if index in self._tokens]
         specials, found = set(self._numbering.specials), ""
         if skip_special_tokens:
-            return self._writer.decode([token for token in tokens if token not in specials])
+            return self._joined([token for token in tokens if token not in specials])
         run: list[str] = []
         for token in [*tokens, ""]:
             if token and token not in specials:
                 run.append(token)
                 continue
             space = " " if found and run and run[0].startswith(SPACE) else ""
-            found += space + (self._writer.decode(run) if run else "") + token
+            found += space + self._joined(run) + token
             run = []
         return found
+
+    def _joined(self, tokens: list[str]) -> str:
+        """Text of pieces; those that only Marian's other model knows keep their sign of a space."""
+        return self._writer.decode(tokens).removeprefix(SPACE).replace(SPACE, " ") if tokens else ""
 
 
 def load_pieces(

@@ -5,6 +5,7 @@ tokenizer_config.json that it was read with.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,7 @@ from tilewise.errors import TokenizerError
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SIDES = ("left", "right")
+LANGUAGE = re.compile("[a-z]{2}_[A-Z]{2}")  # mBART's codes
 TRAINED_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
 
 
@@ -77,6 +79,50 @@ class Tokenizer:
             for encoding in bare:
                 encoding.truncate(room, direction=cut)
             return [self._backend.post_process(encoding).ids for encoding in bare]
+
+    def encode_targets(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        """Like encode, but as a seq2seq model's targets, where those differ from its sources.
+
+        Marian has a sentencepiece model of its own for them. mBART adds their language, "ro_RO"
+        for one; None: tgt_lang of tokenizer_config.json, else the language of its sources. Raises
+        TokenizerError, also for a language that the tokenizer lacks.
+        """
+        check_texts(texts)
+        with reporting(self._origin):
+            encodings = self._backend.encode_batch(list(texts))
+        target = self._target_language(language)
+        if target is None:
+            return [encoding.ids for encoding in encodings]
+        return [
+            [
+                target if added and LANGUAGE.fullmatch(token) else index
+                for index, token, added in zip(e.ids, e.tokens, e.special_tokens_mask, strict=True)
+            ]
+            for e in encodings
+        ]
+
+    def language(self, token: int) -> str | None:
+        """The language whose code this token id is, such as "ro_RO"; None when it is no code."""
+        (text,) = self.decode([[token]], skip_special_tokens=False)
+        return text if LANGUAGE.fullmatch(text) and self.token_to_id(text) == token else None
+
+    def _target_language(self, language: str | None) -> int | None:
+        """The id of the targets' language; None: they have none, or that of the sources."""
+        code = language or self._settings.get("tgt_lang")
+        if code is None:
+            return None
+        (alone,) = self.encode([""])
+        if not any(self.language(token) for token in alone):
+            if language is None:
+                return None
+            raise TokenizerError(f"language is {language!r}; this tokenizer marks no languages")
+        token = self.token_to_id(code) if isinstance(code, str) else None
+        if token is None or self.language(token) is None:
+            raise TokenizerError(
+                f"the target language is {code!r}, which the tokenizer lacks; pass a code such as "
+                "en_XX"
+            )
+        return token
 
     def encode_after(
         self, contexts: Sequence[str], texts: Sequence[str]
