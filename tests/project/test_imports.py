@@ -25,6 +25,7 @@ RANK = {
     "pretrained": 7,
     "adapters": 8,
     "alignment": 8,
+    "harness": 8,
     "__init__": 9,
     "cli": 10,
 }

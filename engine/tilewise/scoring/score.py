@@ -7,7 +7,7 @@ Shapes: ids [R, S]; hidden [N, E] of the N tokens that are predicted.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,10 +25,14 @@ LOGITS = 2**25  # elements that are held at a time
 
 @dataclass
 class Score:
-    """tokens: the ids that were scored; log_probs: one for each [nats]."""
+    """tokens: the ids that were scored; log_probs: one for each [nats].
+
+    greedy: whether each was the likeliest, when that was asked for.
+    """
 
     tokens: list[int]
     log_probs: list[float]
+    greedy: list[bool] = field(default_factory=list)
 
     @property
     def total(self) -> float:
@@ -55,7 +59,8 @@ def perplexity(scores: Sequence[Score]) -> float:
 
 
 class _Part(NamedTuple):
-    """A stretch of one text: the ids that the model reads, and from where on they are scored."""
+    """A stretch of one text: ids, of which the model reads all but the last, and from where on
+    they are scored."""
 
     text: int
     ids: list[int]
@@ -71,6 +76,7 @@ def score(
     batch_tokens: int = 4096,
     stride: int | None = None,
     wrap: bool = False,
+    greedy: bool = False,
 ) -> list[Score]:
     """Score every text (token ids), in order.
 
@@ -79,7 +85,8 @@ def score(
     contexts, its sources, from decoder_start_token_id on, or with `wrap` each from its own last
     token, which names its language. batch_tokens: what runs together, padding included. stride:
     texts longer than the model's positions are scored in windows, each this many tokens further;
-    None: half the positions. Raises ArgumentError.
+    None: half the positions. greedy: also say of each token whether it is the likeliest. Raises
+    ArgumentError.
     """
     if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} has no next token to score; use fill_mask")
@@ -92,8 +99,8 @@ def score(
         raise ArgumentError(f"contexts has {len(contexts)} rows and texts {len(texts)}; as many")
     with evaluating(model):
         if isinstance(model, AnySeq2Seq):
-            return _score_targets(model, texts, contexts, batch_tokens, wrap)
-        return _score_continuations(model, texts, contexts, batch_tokens, stride)
+            return _score_targets(model, texts, contexts, batch_tokens, wrap, greedy)
+        return _score_continuations(model, texts, contexts, batch_tokens, stride, greedy)
 
 
 def _score_continuations(
@@ -102,23 +109,26 @@ def _score_continuations(
     contexts: Sequence[Sequence[int]],
     batch_tokens: int,
     stride: int | None,
+    greedy: bool,
 ) -> list[Score]:
     parts = []
     for i, (context, text) in enumerate(zip(contexts, texts, strict=True)):
         parts += _windows(model, i, [*context, *text], max(len(context), 1), stride)
     device = model.embedding.tokens.weight.device
-    found: list[list[float]] = [[] for _ in parts]
-    for batch in by_tokens([len(part.ids) for part in parts], batch_tokens):
-        ids, lengths = padded([parts[i].ids for i in batch], device)
+    found = [Score([], []) for _ in parts]
+    for batch in by_tokens([len(part.ids) - 1 for part in parts], batch_tokens):
+        ids, lengths = padded([parts[i].ids[:-1] for i in batch], device)
         positions = torch.arange(ids.shape[1], device=device)
         hidden = model.run(model.embedding(ids, positions), key_lengths=lengths)
         for row, i in enumerate(batch):
             first, end = parts[i].first, len(parts[i].ids)
-            found[i] = log_probs(model, hidden[row, first - 1 : end - 1], ids[row, first:end])
+            targets = parts[i].ids[first:]
+            found[i] = scored(model, hidden[row, first - 1 : end - 1], targets, greedy)
     scores = [Score([], []) for _ in texts]
-    for part, values in zip(parts, found, strict=True):
-        scores[part.text].tokens += part.ids[part.first :]
-        scores[part.text].log_probs += values
+    for part, each in zip(parts, found, strict=True):
+        scores[part.text].tokens += each.tokens
+        scores[part.text].log_probs += each.log_probs
+        scores[part.text].greedy += each.greedy
     return scores
 
 
@@ -126,12 +136,13 @@ def _windows(
     model: Decoder, text: int, ids: list[int], first: int, stride: int | None
 ) -> list[_Part]:
     """One part, or several overlapping ones where ids are longer than the model's positions."""
-    limit = model.config.position_limit or len(ids)
+    positions = model.config.position_limit or len(ids)
+    limit = positions + 1  # the last is predicted only
     if len(ids) <= limit:
         return [_Part(text, ids, first)] if first < len(ids) else []
-    step = limit // 2 if stride is None else stride
-    if not 1 <= step < limit:
-        raise ArgumentError(f"stride is {step}; pass 1 to {limit - 1}, below the model's positions")
+    step = max(positions // 2, 1) if stride is None else stride
+    if not 1 <= step <= positions:
+        raise ArgumentError(f"stride is {step}; pass 1 to {positions}, the model's positions")
     parts = [_Part(text, ids[:limit], first)] if first < limit else []
     done = max(limit, first)
     while done < len(ids):
@@ -147,6 +158,7 @@ def _score_targets(
     sources: Sequence[Sequence[int]],
     batch_tokens: int,
     wrap: bool,
+    greedy: bool,
 ) -> list[Score]:
     check_length("contexts", sources, model.config)
     check_length("texts", texts, model.config)
@@ -155,7 +167,7 @@ def _score_targets(
         raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
     starts = [text[-1] if start is None or wrap else start for text in texts]
     device = next(model.parameters()).device
-    scores = [Score(list(text), []) for text in texts]
+    scores = [Score([], []) for _ in texts]
     sizes = [len(s) + len(t) for s, t in zip(sources, texts, strict=True)]
     for batch in by_tokens(sizes, batch_tokens):
         source, source_lengths = padded([sources[i] for i in batch], device)
@@ -163,16 +175,21 @@ def _score_targets(
         real = torch.arange(source.shape[1], device=device) < source_lengths[:, None]
         out = model(source, real.long(), decoder_input_ids=target[:, :-1])
         for row, i in enumerate(batch):
-            end = int(lengths[row])
-            hidden = out.last_hidden_state[row, : end - 1]
-            scores[i].log_probs = log_probs(model.decoder, hidden, target[row, 1:end])
+            hidden = out.last_hidden_state[row, : int(lengths[row]) - 1]
+            scores[i] = scored(model.decoder, hidden, texts[i], greedy)
     return scores
 
 
-def log_probs(decoder: Decoder | RecurrentDecoder, hidden: Tensor, targets: Tensor) -> list[float]:
-    """log P [nats] of targets [N], each from its hidden state [N, E]; few logits at a time."""
+def scored(
+    decoder: Decoder | RecurrentDecoder, hidden: Tensor, tokens: Sequence[int], greedy: bool
+) -> Score:
+    """The Score of N tokens, each from its hidden state [N, E]; few logits at a time."""
     rows = max(LOGITS // decoder.config.output_vocab_size, 1)
-    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
-    logits = decoder.logits if isinstance(decoder, Decoder) else decoder.lm_head
-    losses = [cross_entropy(logits(h), t, reduction="none") for h, t in pairs]
-    return [-float(loss) for part in losses for loss in part.tolist()]
+    targets, score = torch.tensor(tokens, device=hidden.device), Score(list(tokens), [])
+    head = decoder.logits if isinstance(decoder, Decoder) else decoder.lm_head
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = head(h)
+        score.log_probs += [-loss for loss in cross_entropy(logits, t, reduction="none").tolist()]
+        if greedy:
+            score.greedy += (logits.argmax(-1) == t).tolist()
+    return score

@@ -103,13 +103,22 @@ class PieceTokenizer(Tokenizer):
             rows = [row[:room] if cut == "right" else row[-room:] for row in rows]
         return [[*prefix, *row, *suffix] for row in rows]
 
-    def encode_targets(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+    def encode_targets(
+        self,
+        texts: Sequence[str],
+        language: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
         check_texts(texts)
+        rows = [self._pieces(text, *self._targets) for text in texts]
+        if not add_special_tokens:
+            return rows
         prefix, suffix = self._ids(self._numbering.prefix), self._ids(self._numbering.suffix)
         if (target := self._target_language(language)) is not None:
             prefix = [target if self.language(index) else index for index in prefix]
             suffix = [target if self.language(index) else index for index in suffix]
-        return [[*prefix, *self._pieces(text, *self._targets), *suffix] for text in texts]
+        return [[*prefix, *row, *suffix] for row in rows]
 
     def encode_after(
         self, contexts: Sequence[str], texts: Sequence[str]

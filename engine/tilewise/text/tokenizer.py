@@ -80,7 +80,13 @@ class Tokenizer:
                 encoding.truncate(room, direction=cut)
             return [self._backend.post_process(encoding).ids for encoding in bare]
 
-    def encode_targets(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+    def encode_targets(
+        self,
+        texts: Sequence[str],
+        language: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
         """Like encode, but as a seq2seq model's targets, where those differ from its sources.
 
         Marian has a sentencepiece model of its own for them. mBART adds their language, "ro_RO"
@@ -89,7 +95,9 @@ class Tokenizer:
         """
         check_texts(texts)
         with reporting(self._origin):
-            encodings = self._backend.encode_batch(list(texts))
+            encodings = self._backend.encode_batch(
+                list(texts), add_special_tokens=add_special_tokens
+            )
         target = self._target_language(language)
         if target is None:
             return [encoding.ids for encoding in encodings]
