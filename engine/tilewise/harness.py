@@ -76,7 +76,11 @@ class HarnessModel(LM):
         return [each for i in bar for each in self._scored(pairs[i : i + TOGETHER])]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Of each (text,): log P(text) [nats], in windows where it is longer than max_length."""
+        """Of each (text,): log P(text) [nats], in windows where it is longer than max_length.
+
+        What a tokenizer adds before a text is context and not scored (the harness' own Hugging
+        Face model scores it as well); a seq2seq model's source is an empty text.
+        """
         pairs = [("", *request.args) for request in requests]
         bar = tqdm(range(0, len(pairs), TOGETHER), desc="tilewise scores", disable=None)
         return [total for i in bar for total, _ in self._scored(pairs[i : i + TOGETHER])]
