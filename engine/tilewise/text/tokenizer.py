@@ -117,7 +117,7 @@ class Tokenizer:
     def _target_language(self, language: str | None) -> int | None:
         """The id of the targets' language; None: they have none, or that of the sources."""
         code = language or self._settings.get("tgt_lang")
-        if code is None:
+        if not code:
             return None
         (alone,) = self.encode([""])
         if not any(self.language(token) for token in alone):
