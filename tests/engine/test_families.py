@@ -5,6 +5,7 @@ class that their "architectures" names, with every parameter random.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import torch
 import transformers
 
 import tilewise
+from tilewise.errors import ArgumentError
 from tilewise.families import FAMILIES, tensors_to
+from tilewise.scoring import next_sentence
 from tilewise.text import train_tokenizer
+
+Record = Callable[[str, object], None]
 
 CASES = [
     pytest.param(raw, id=f"{name}-{i}")
@@ -22,6 +27,16 @@ CASES = [
     for i, raw in enumerate(family.EXAMPLES)
     if raw["model_type"] == name
 ]
+
+
+def saved_as(*endings: str) -> list[Any]:
+    """The cases whose class has one of these names."""
+    return [case for case in CASES if case.values[0]["architectures"][0].endswith(endings)]
+
+
+SPEAKING = saved_as("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "MTModel")
+MASKED = saved_as("ForMaskedLM", "ForPreTraining")
+FOLLOWING = saved_as("ForPreTraining", "ForNextSentencePrediction")
 MASK = torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [1] * 8 + [0]])
 LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 8])
 HOLES = torch.tensor([[1, 0] * 4 + [1], [0, 1, 1, 0, 0, 1, 1, 1, 0], [1] * 9])
@@ -111,16 +126,21 @@ def common(expected: Any) -> list[tuple[str, str]]:
     return [pair for pair in named if getattr(expected, pair[1], None) is not None]
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Equal but for `tolerance` of the largest value."""
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> float:
+    """Equal but for `tolerance` of the largest value; returns the share of it that they differ."""
     assert ours.shape == theirs.shape
     scale = max(float(theirs.detach().abs().max()), 1e-3)
-    assert float((ours - theirs).detach().abs().max()) <= tolerance * scale
+    difference = float((ours - theirs).detach().abs().max())
+    assert difference <= tolerance * scale
+    return difference / scale
 
 
+@pytest.mark.feature("logits")
 @pytest.mark.parametrize("raw", CASES)
 @pytest.mark.parametrize("mask", [None, MASK, LEFT, HOLES], ids=["whole", "right", "left", "holes"])
-def test_logits(raw: dict[str, Any], mask: torch.Tensor | None, tmp_path: Path) -> None:
+def test_logits(
+    raw: dict[str, Any], mask: torch.Tensor | None, tmp_path: Path, record_property: Record
+) -> None:
     theirs = saved(raw, tmp_path)
     ours = tilewise.load(tmp_path)
     given = inputs(theirs, mask)
@@ -134,11 +154,13 @@ def test_logits(raw: dict[str, Any], mask: torch.Tensor | None, tmp_path: Path) 
         kept = slice(None) if name in ("pooler_output", "next_sentence_logits") else real
         if name.startswith("encoder") and mask is not None:
             kept = mask.bool()
-        close(getattr(found, name)[kept], getattr(expected, other)[kept])
+        off = close(getattr(found, name)[kept], getattr(expected, other)[kept])
+        record_property("off", off)
 
 
+@pytest.mark.feature("gradients")
 @pytest.mark.parametrize("raw", CASES)
-def test_loss_and_gradients(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_loss_and_gradients(raw: dict[str, Any], tmp_path: Path, record_property: Record) -> None:
     theirs = saved(raw, tmp_path)
     ours = tilewise.load(tmp_path)
     given = inputs(theirs, MASK)
@@ -167,16 +189,16 @@ def test_loss_and_gradients(raw: dict[str, Any], tmp_path: Path) -> None:
         grad, scale = compared[name], float(parameter.grad.abs().max())
         difference = float((grad.reshape(parameter.shape) - parameter.grad).abs().max())
         assert difference <= 1e-4 * scale + unused, name
+        record_property("off", difference / (scale + 1e4 * unused))
         seen.add(parameter)
     assert [n for n, p in theirs.named_parameters() if p.grad is not None and p not in seen] == []
     assert len(seen) > 3
 
 
-@pytest.mark.parametrize("raw", CASES)
+@pytest.mark.feature("generate")
+@pytest.mark.parametrize("raw", SPEAKING)
 def test_generation(raw: dict[str, Any], tmp_path: Path) -> None:
     theirs = saved(raw, tmp_path)
-    if not theirs.can_generate():
-        pytest.skip(f"{raw['architectures'][0]} does not generate")
     ours = tilewise.load(tmp_path)
     # transformers counts positions of a source from its padding on, we from its first token.
     mask = MASK if theirs.config.is_encoder_decoder else LEFT
@@ -199,6 +221,7 @@ def test_generation(raw: dict[str, Any], tmp_path: Path) -> None:
             close(found.sequences_scores, expected.sequences_scores)
 
 
+@pytest.mark.feature("folder")
 @pytest.mark.parametrize("raw", CASES)
 def test_saved_folder_is_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
     theirs = saved(raw, tmp_path / "theirs")
@@ -242,8 +265,11 @@ def test_bfloat16_and_the_tokenizer_are_saved(raw: dict[str, Any], tmp_path: Pat
     assert their_reader.pad_token == "<pad>"
 
 
+@pytest.mark.feature("bfloat16")
 @pytest.mark.parametrize("raw", CASES)
-def test_bfloat16_is_no_further_off(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_bfloat16_is_no_further_off(
+    raw: dict[str, Any], tmp_path: Path, record_property: Record
+) -> None:
     """From float64, at most twice as far as transformers' own bfloat16, by the 2-norm."""
     theirs = saved(raw, tmp_path)
     given = inputs(theirs, None)
@@ -253,9 +279,12 @@ def test_bfloat16_is_no_further_off(raw: dict[str, Any], tmp_path: Path) -> None
         half = getattr(theirs.bfloat16()(**given), name)
         found = getattr(tilewise.load(tmp_path, dtype="bfloat16")(**given), mine)
     off = torch.linalg.vector_norm(half.double() - exact)
-    assert torch.linalg.vector_norm(found.double() - exact) <= 2 * off + 1e-5
+    ours_off = torch.linalg.vector_norm(found.double() - exact)
+    assert ours_off <= 2 * off + 1e-5
+    record_property("off", float(ours_off / off))
 
 
+@pytest.mark.feature("attention maps")
 @pytest.mark.parametrize("raw", CASES)
 def test_attention_maps(raw: dict[str, Any], tmp_path: Path) -> None:
     theirs = saved(raw, tmp_path)
@@ -274,3 +303,103 @@ def test_attention_maps(raw: dict[str, Any], tmp_path: Path) -> None:
         for mine, their in zip(maps, getattr(expected, other), strict=True):
             rows = MASK.bool() if mine.shape[2] == MASK.shape[1] else slice(None)
             close(mine.transpose(1, 2)[rows], their.transpose(1, 2)[rows])
+
+
+def texts_of(theirs: Any, vocab: int | None = None) -> list[list[int]]:
+    """Three texts of different lengths."""
+    ids = drawn(3, 9, vocab or theirs.config.vocab_size).flip(0).tolist()
+    return [row[:n] for row, n in zip(ids, (9, 4, 6), strict=True)]
+
+
+@pytest.mark.feature("score")
+@pytest.mark.parametrize("raw", SPEAKING)
+def test_score(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    config = theirs.config
+    texts = texts_of(theirs, getattr(config, "decoder_vocab_size", None))
+    sources = texts_of(theirs)[::-1] if config.is_encoder_decoder else None
+    found = tilewise.load(tmp_path).score(texts, sources)
+    for i, text in enumerate(texts):
+        given = {"input_ids": torch.tensor([text])}
+        if sources is not None:
+            target = [config.decoder_start_token_id, *text]
+            given = {"input_ids": torch.tensor([sources[i]]),
+                     "decoder_input_ids": torch.tensor([target])}  # fmt: skip
+        with torch.no_grad():
+            log_probs = theirs(**given).logits[0, :-1].log_softmax(-1)
+        assert found[i].tokens == text[-len(log_probs) :]
+        expected = log_probs[range(len(log_probs)), found[i].tokens]
+        close(torch.tensor(found[i].log_probs), expected)
+
+
+@pytest.mark.feature("embed")
+@pytest.mark.parametrize("raw", CASES)
+def test_embed(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    ours, texts = tilewise.load(tmp_path), texts_of(theirs)
+    stack = theirs.get_encoder() if theirs.config.is_encoder_decoder else theirs.base_model
+    with torch.no_grad():
+        states = [stack(torch.tensor([text])).last_hidden_state[0] for text in texts]
+    for pooling, pool in (
+        ("mean", lambda x: x.mean(0)),
+        ("cls", lambda x: x[0]),
+        ("last", lambda x: x[-1]),
+    ):
+        expected = torch.stack([pool(each) for each in states])
+        close(ours.embed(texts, pooling=pooling, normalize=False), expected)
+        close(ours.embed(texts, pooling=pooling), torch.nn.functional.normalize(expected, dim=-1))
+
+
+@pytest.mark.feature("fill_mask")
+@pytest.mark.parametrize("raw", MASKED)
+def test_fill_mask(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    texts, mask = texts_of(theirs), 4
+    for text in texts:
+        text[1] = text[-1] = mask
+    found = tilewise.load(tmp_path).fill_mask(texts, mask_token_id=mask, top_k=3)
+    for text, masks in zip(texts, found, strict=True):
+        with torch.no_grad():
+            out = theirs(torch.tensor([text]))
+        logits = getattr(out, "prediction_logits", None)
+        log_probs = (out.logits if logits is None else logits)[0].log_softmax(-1)
+        places = [i for i, token in enumerate(text) if token == mask]
+        for place, best in zip(places, masks, strict=True):
+            values, tokens = log_probs[place].topk(3)
+            assert [each.token for each in best] == tokens.tolist()
+            close(torch.tensor([each.log_prob for each in best]), values)
+
+
+@pytest.mark.feature("next_sentence")
+@pytest.mark.parametrize("raw", FOLLOWING)
+def test_next_sentence(raw: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(raw, tmp_path)
+    pairs = [(text, [0] * 2 + [1] * (len(text) - 2)) for text in texts_of(theirs)]
+    found = next_sentence(tilewise.load(tmp_path).network, pairs)
+    for (text, types), probability in zip(pairs, found, strict=True):
+        given = {"input_ids": torch.tensor([text]), "token_type_ids": torch.tensor([types])}
+        with torch.no_grad():
+            out = theirs(**given)
+        logits = out.logits if hasattr(out, "logits") else out.seq_relationship_logits
+        assert probability == pytest.approx(float(logits[0].softmax(-1)[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("raw", [case for case in CASES if case.id.endswith("-0")])
+def test_what_a_family_cannot_do_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Where the table of families has a dash there is an error that says why."""
+    saved(raw, tmp_path)
+    model = tilewise.load(tmp_path)
+    can_speak, can_fill, can_follow = (
+        any(case.values[0] is raw for case in cases) for cases in (SPEAKING, MASKED, FOLLOWING)
+    )
+    if not can_speak:
+        with pytest.raises(ArgumentError, match="no next token"):
+            model.score([[5, 6]])
+        with pytest.raises(ArgumentError, match="generate"):
+            model.generate([[5, 6]])
+    if not can_fill:
+        with pytest.raises(ArgumentError, match="no masked-token head"):
+            model.fill_mask([[5, 4]], mask_token_id=4)
+    if not can_follow:
+        with pytest.raises(ArgumentError, match="no next-sentence head"):
+            next_sentence(model.network, [([5, 6], [0, 1])])

@@ -1,5 +1,6 @@
 """GPT-3's presets, and banded layers against transformers' GPT-Neo, which has them too."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,21 +73,36 @@ def tiny(**changes: object) -> tuple[transformers.GPTNeoForCausalLM, tilewise.Mo
     return theirs, tilewise.Model(ours)
 
 
-def test_banded_layers_are_gpt_neos() -> None:
+@pytest.mark.feature("logits", "tilewise-gpt3")
+def test_banded_layers_are_gpt_neos(record_property: Callable[[str, object], None]) -> None:
     theirs, ours = tiny()
     ids = torch.randint(4, 61, (3, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = theirs(ids).logits, ours(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    record_property("off", float((found - expected).abs().max() / expected.abs().max()))
     dense = tilewise.Model(tilewise.build(gpt3("125M", **_without_windows(ours))))
     dense.network.load_state_dict(ours.network.state_dict())
     assert not torch.allclose(dense(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.feature("attention maps", "tilewise-gpt3")
+def test_attention_maps_are_gpt_neos() -> None:
+    theirs, ours = tiny()
+    theirs.set_attn_implementation("eager")
+    ids = torch.randint(4, 61, (3, 12), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids, output_attentions=True).attentions
+    found = ours(ids, output_attentions=True).attentions
+    assert len(found) == 4 and found[1][0, 0, -1, 0] == 0 < found[0][0, 0, -1, 0]
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def _without_windows(model: tilewise.Model) -> dict[str, object]:
     return model.config.to_dict() | {"windows": ()}
 
 
+@pytest.mark.feature("generate", "tilewise-gpt3")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_banded_generation_past_the_band(beams: int) -> None:
     theirs, ours = tiny()
@@ -116,6 +132,7 @@ def test_rows_of_different_lengths_generate_as_alone() -> None:
         assert torch.equal(together.sequences[i, :n], alone.sequences[0, :n])
 
 
+@pytest.mark.feature("folder", "tilewise-gpt3")
 def test_a_folder_and_back(tmp_path: Path) -> None:
     _, ours = tiny(tie_embeddings=False)
     ours.save(tmp_path)

@@ -1,6 +1,7 @@
 """The recurrent encoder-decoder: a float64 reference from the papers, torch.nn.GRU, generation."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,13 @@ def weights_of(layer: GatedRecurrent, suffix: str = "") -> dict:
     return {k: getattr(layer, name + suffix).detach().numpy() for k, name in names.items()}
 
 
-def by_hand(network: RecurrentSeq2Seq, source: list[int], target: list[int]) -> np.ndarray:
-    """Logits [len(target), V] of one pair, in float64."""
+def by_hand(
+    network: RecurrentSeq2Seq,
+    source: list[int],
+    target: list[int],
+    maps: list[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Logits [len(target), V] of one pair, in float64; maps: gets each step's attention [N]."""
     config, w = network.config, {k: v.numpy() for k, v in network.state_dict().items()}
     read, zero = w["encoder.tokens.weight"][source], np.zeros(config.hidden_size)
     forward, h = [], zero
@@ -115,6 +121,8 @@ def by_hand(network: RecurrentSeq2Seq, source: list[int], target: list[int]) -> 
             ]
             alpha = np.exp(energies) / np.exp(energies).sum()
             context = alpha @ states
+            if maps is not None:
+                maps.append(alpha)
         s = unit(weights_of(network.decoder.unit), np.concatenate([e, context]), s, config.reset)
         t = w["decoder.readout.weight"] @ np.concatenate([s, e, context])
         t = np.maximum(*(t + w["decoder.readout.bias"]).reshape(-1, 2).T)
@@ -122,15 +130,30 @@ def by_hand(network: RecurrentSeq2Seq, source: list[int], target: list[int]) -> 
     return np.array(logits)
 
 
+@pytest.mark.feature("logits", "tilewise-recurrent")
 @pytest.mark.parametrize("reset", ["before", "after"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_equations(kind: str, reset: str) -> None:
+def test_logits_are_those_of_the_equations(
+    kind: str, reset: str, record_property: Callable[[str, object], None]
+) -> None:
     network = model(kind, reset=reset)
     target = [START, *draw(5).tolist()]
     for source in SOURCES:
         found = network(torch.tensor([source]), decoder_input_ids=torch.tensor([target])).logits
         expected = by_hand(network, source, target)
-        assert np.abs(found[0].detach().numpy() - expected).max() < 1e-10
+        difference = np.abs(found[0].detach().numpy() - expected).max()
+        assert difference < 1e-10
+        record_property("off", float(difference / np.abs(expected).max()))
+
+
+@pytest.mark.feature("attention maps", "tilewise-recurrent")
+@pytest.mark.parametrize("kind", ["bahdanau", "forward"])
+def test_attention_maps_are_those_of_the_equations(kind: str) -> None:
+    network, target, maps = model(kind), [START, *draw(5).tolist()], []
+    by_hand(network, SOURCES[0], target, maps)
+    ids = {"decoder_input_ids": torch.tensor([target]), "output_attentions": True}
+    (found,) = network(torch.tensor(SOURCES[:1]), **ids).cross_attentions
+    assert np.abs(found[0, 0].detach().numpy() - np.array(maps)).max() < 1e-12
 
 
 def test_bahdanaus_unit_is_chos_with_negated_update_gate() -> None:
@@ -284,6 +307,7 @@ def test_cached_equals_uncached_equals_alone(kind: str, search: dict) -> None:
     assert len(cached.sequences_scores.unique()) == len(SOURCES)
 
 
+@pytest.mark.feature("generate", "tilewise-recurrent")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all(kind: str) -> None:
     """Of two tokens at most it then loses none: every one-token hypothesis runs on."""
@@ -343,6 +367,7 @@ def test_vectors_are_of_the_encoders_states(kind: str, pooling: str) -> None:
 # ---- folders and bad input -----------------------------------------------------------------------
 
 
+@pytest.mark.feature("folder", "tilewise-recurrent")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_survives_its_folder(kind: str, tmp_path: Path) -> None:
     network = model(kind).float()

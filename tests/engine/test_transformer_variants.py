@@ -4,6 +4,7 @@ with sinusoids and positions written out here.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,12 @@ def reference(name: str, network: Seq2Seq, source: list[int], target: list[int])
     return hidden @ own.t()
 
 
+@pytest.mark.feature("logits", "tilewise-transformer")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_what_torchs_layers_make(name: str, side: str) -> None:
+def test_a_variant_is_what_torchs_layers_make(
+    name: str, side: str, record_property: Callable[[str, object], None]
+) -> None:
     network = made(name, pad_token_id=PAD)
     sources, target = [[5, 9, 4, 16], [7, 7, 12]], [2, 8, 6, 11, 3]
     ids, mask = torch.full((2, 4), PAD), torch.zeros(2, 4, dtype=torch.int64)
@@ -99,8 +103,36 @@ def test_a_variant_is_what_torchs_layers_make(name: str, side: str) -> None:
         for i, source in enumerate(sources):
             expected = reference(name, network, source, target)
             torch.testing.assert_close(out.logits[i], expected, rtol=1e-5, atol=2e-5)
+            off = (out.logits[i] - expected).abs().max() / expected.abs().max()
+            record_property("off", float(off))
 
 
+@pytest.mark.feature("attention maps", "tilewise-transformer")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_shows_what_torchs_layers_attend_to(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, source, target = made(name), [5, 9, 4, 16], [2, 8, 6, 11, 3]
+    expected, forward = [], nn.MultiheadAttention.forward
+
+    def watched(self: nn.MultiheadAttention, *args: Tensor, **options: object) -> tuple:
+        options |= {"need_weights": True, "average_attn_weights": False}
+        out, maps = forward(self, *args, **options)
+        expected.append(maps)
+        return out, maps
+
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", watched)
+    reference(name, network, source, target)
+    ids = {"decoder_input_ids": torch.tensor([target]), "output_attentions": True}
+    out = network(torch.tensor([source]), **ids)
+    decoder = zip(out.attentions, out.cross_attentions, strict=True)
+    found = [*out.encoder_attentions, *(maps for layer in decoder for maps in layer)]
+    assert len(found) == 3 * LAYERS
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.feature("generate", "tilewise-transformer")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_generates_from_its_own_start(name: str) -> None:
     start = {"paper": 0, "fairseq": 2, "fairseq-pre-norm": 2, "opennmt": 2}[name]
@@ -115,6 +147,7 @@ def test_a_variant_generates_from_its_own_start(name: str) -> None:
     assert out.sequences[0].tolist() == tokens
 
 
+@pytest.mark.feature("folder", "tilewise-transformer")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_survives_its_folder(name: str, tmp_path: Path) -> None:
     network = made(name)
