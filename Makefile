@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-long gpu bench op-table clean
+.PHONY: demo test test-long gpu bench op-table family-table clean
 
 .venv/ready: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit("tilewise needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -57,6 +57,10 @@ bench: .venv/ready
 # The table of kernels/README.md: every op and implementation, its error and its determinism.
 op-table: .venv/ready
 	OMP_NUM_THREADS=2 $(BIN)/python benches/op_table.py
+
+# The table of README.md: every checkpoint family by feature, from the tests that prove each.
+family-table: .venv/ready
+	OMP_NUM_THREADS=2 $(BIN)/python benches/family_table.py
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/tilewise_kernels/_C*.so

@@ -56,7 +56,8 @@ def test_the_files_it_links_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_table_of_ops_lists_what_is_registered() -> None:
-    command = [sys.executable, str(ROOT / "benches" / "op_table.py"), "--check"]
+@pytest.mark.parametrize("table", ["op_table.py", "family_table.py"])
+def test_a_table_lists_what_there_is(table: str) -> None:
+    command = [sys.executable, str(ROOT / "benches" / table), "--check"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
