@@ -1,9 +1,11 @@
 """GPT-3, the original Transformer's variants and the recurrent model, which transformers lacks.
 
 Gradients against finite differences, bfloat16 against the ops' references, score and embed against
-forward passes of single rows. Their logits are compared in files of their own.
+forward passes of single rows, generation against scores. Their logits are compared in files of
+their own.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tilewise.config import RecurrentConfig
 from tilewise.errors import ArgumentError
 from tilewise.families.gpt3 import gpt3
 from tilewise.families.transformer import VARIANTS, variant
+from tilewise.scoring import Score
 from tilewise_kernels import force
 
 Record = Callable[[str, object], None]
@@ -113,6 +116,33 @@ def test_bfloat16_is_no_further_off(
             eager = torch.linalg.vector_norm(logits(half, 0).double() - exact)
     assert 0 < found <= 2 * eager
     record_property("off", float(found / eager))
+
+
+@pytest.mark.feature("generate")
+@pytest.mark.parametrize("raw", CASES)
+def test_generation(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Greedy: each token the likeliest. A beam as wide as the vocabulary: the best pairs of all."""
+    model, end = made(raw, tmp_path), raw["eos_token_id"][0]
+    every = [[end], *([a, b] for a, b in itertools.product(range(V), repeat=2) if a != end)]
+    width: dict[str, Any] = {"num_beams": V, "length_penalty": 0.0, "early_stopping": "never"}
+    for source in SOURCES[:2]:
+        first = 1 if model.config.is_seq2seq else len(source)
+        row = model.generate([source], max_new_tokens=6, eos_token_id=[]).sequences[0].tolist()
+        for t in range(first, first + 6):
+            totals = [each.total for each in after(model, source, row[first:t])]
+            assert row[t] == totals.index(max(totals))
+        found = model.generate([source], max_new_tokens=2, num_return_sequences=3, **width)
+        totals = [each.total for each in model.score(every, [source] * len(every))]
+        best = sorted(range(len(every)), key=lambda i: -totals[i])[:3]
+        for ids, n, i in zip(found.sequences.tolist(), found.lengths.tolist(), best, strict=True):
+            assert ids[first:n] == every[i]
+        expected = pytest.approx([totals[i] for i in best], abs=1e-4)
+        assert found.sequences_scores.tolist() == expected
+
+
+def after(model: tilewise.Model, source: list[int], begun: list[int]) -> list[Score]:
+    """Of what was begun, with each token of the vocabulary as the next."""
+    return model.score([[*begun, token] for token in range(V)], [source] * V)
 
 
 @pytest.mark.feature("score")
