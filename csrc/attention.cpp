@@ -108,7 +108,7 @@ class Forward {
 
 template <typename T>
 void forward(const Attention& args) {
-  if (are_few<T>(args)) return forward_few<T>(args);
+  if (are_few(args, kFewForward<T>)) return forward_few<T>(args);
   int64_t longest = 0, blocks = 1;
   for (int64_t i = 0; i < args.num_items; ++i) {
     longest = std::max(longest, args.items[i].length);
@@ -312,7 +312,7 @@ class Backward {
 
 template <typename T>
 void backward(const AttentionBackward& args) {
-  if (are_few<T>(args)) return backward_few<T>(args);
+  if (are_few(args, kFewBackward<T>)) return backward_few<T>(args);
   const int64_t items = args.share_items ? 1 : args.num_items;
   const int64_t heads = args.share_heads ? 1 : args.heads;
   struct Parts : Backward<T> {

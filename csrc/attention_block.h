@@ -279,8 +279,18 @@ void write_row(const float* from, float factor, int64_t width, T* to) {
   if (j < width) write(to + j, Vec::loadu(from + j, width - j) * Vec(factor), width - j);
 }
 
-// Two rows of numbers as words of two bfloat16, and as rows where `rows` is not null.
 #ifdef CPU_CAPABILITY_AVX512  // a CPU for whose bfloat16 attention runs has these instructions
+__attribute__((target("avx512bf16"))) inline void write_row(const float* from, float factor,
+                                                            int64_t width, c10::BFloat16* to) {
+  for (int64_t j = 0; j < width; j += 16) {
+    const __mmask16 lanes = j + 16 <= width ? 0xFFFF : (1u << (width - j)) - 1;
+    const __m512 row = _mm512_maskz_loadu_ps(lanes, from + j);
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(row, _mm512_set1_ps(factor)));
+    _mm256_mask_storeu_epi16(to + j, lanes, half);
+  }
+}
+
+// Two rows of numbers as words of two bfloat16, and as rows where `rows` is not null.
 __attribute__((target("avx512bf16"))) inline void round_two(const float* a, const float* b,
                                                             int64_t count, float* words,
                                                             c10::BFloat16* rows, int64_t stride) {
@@ -514,7 +524,9 @@ inline void soften(const AttentionBackward& args, const Item& item, const Row& r
     (p * (Vec::loadu(ds + j) - dot)).store(ds + j);
     (args.dropout ? p * Vec::loadu(kept + j) : p).store(s + j);
   }
-  if (args.dbias != nullptr) add_bias(args, item, row, part, first + begin, end - begin, ds + begin);
+  if (args.dbias != nullptr) {
+    add_bias(args, item, row, part, first + begin, end - begin, ds + begin);
+  }
   if (args.softcap == 0.0f) return;
   for (int64_t j = 0; j < count; j += kWidth) {
     const Vec t = Vec::loadu(tanh + j), slope = Vec(1.0f) - t * t;

@@ -10,13 +10,15 @@
 namespace tilewise::CPU_CAPABILITY {
 namespace {
 
+// Queries (heads of a group x Sq) up to which this measures faster.
 template <typename T>
-constexpr int64_t kFew = kPerWord<T> == 1 ? 16 : 8;  // queries (heads of a group x Sq; measured)
+constexpr int64_t kFewForward = kPerWord<T> == 1 ? 32 : 8;
+template <typename T>
+constexpr int64_t kFewBackward = kPerWord<T> == 1 ? 32 : 16;
 
-template <typename T>
-bool are_few(const Attention& args) {
+inline bool are_few(const Attention& args, int64_t limit) {
   for (int64_t i = 0; i < args.num_items; ++i) {
-    if (args.items[i].sq * args.group > kFew<T>) return false;
+    if (args.items[i].sq * args.group > limit) return false;
   }
   return true;
 }
@@ -60,17 +62,17 @@ class ForwardFew {
         width_(filled(args.value_dim)),
         keys_(kAttentionKeys),
         values_(kAttentionKeys),
-        scores_(kFew<T> * kAttentionKeys),
+        scores_(kFewForward<T> * kAttentionKeys),
         kept_(kAttentionKeys),
-        out_(kFew<T> * width_) {}
+        out_(kFewForward<T> * width_) {}
 
   void run(int64_t task) {
     const int64_t head = task % args_.heads;
     const Item& item = args_.items[task / args_.heads];
     const Block block = block_of(args_, item, head);
-    const T* queries[kFew<T>];
+    const T* queries[kFewForward<T>];
     locate(args_.q, args_, item, block, queries);
-    std::fill(so_far_, so_far_ + kFew<T>, SoFar());
+    std::fill(so_far_, so_far_ + kFewForward<T>, SoFar());
     for (int64_t first = block.first; first < block.last; first += kAttentionKeys) {
       const int64_t count = std::min(kAttentionKeys, block.last - first);
       keys_.locate(rows_of<T>(args_.k, item, item.k_row + first, head), args_.k.row, count);
@@ -102,7 +104,7 @@ class ForwardFew {
   int64_t width_;
   RowsOf<T> keys_, values_;
   Floats scores_, kept_, out_;
-  SoFar so_far_[kFew<T>];
+  SoFar so_far_[kFewForward<T>];
 };
 
 template <typename T>
@@ -121,11 +123,11 @@ class BackwardFew {
         width_(filled(std::max(args.head_dim, args.value_dim))),
         keys_(args.longest),
         values_(args.longest),
-        scores_(kFew<T> * stride_),
-        dscores_(kFew<T> * stride_),
+        scores_(kFewBackward<T> * stride_),
+        dscores_(kFewBackward<T> * stride_),
         tanh_(args.softcap == 0.0f ? 0 : stride_),
         kept_(stride_),
-        rows_(kFew<T> * width_) {}
+        rows_(kFewBackward<T> * width_) {}
 
   // Items and heads that share rows of dbias belong to one task, which takes them in order.
   void run(int64_t task) {
@@ -142,7 +144,7 @@ class BackwardFew {
   void differentiate(const Item& item, int64_t head) {
     const Block block = block_of(args_, item, head);
     const int64_t first = block.first, count = block.last - first;
-    const T *queries[kFew<T>], *grads[kFew<T>];
+    const T *queries[kFewBackward<T>], *grads[kFewBackward<T>];
     locate(args_.q, args_, item, block, queries);
     locate(args_.grad, args_, item, block, grads);
     if (count > 0) {
@@ -215,7 +217,7 @@ class BackwardFew {
   int64_t stride_, width_;
   RowsOf<T> keys_, values_;
   Floats scores_, dscores_, tanh_, kept_, rows_;
-  bool dead_[kFew<T>];
+  bool dead_[kFewBackward<T>];
 };
 
 template <typename T>
