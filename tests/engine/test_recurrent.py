@@ -16,6 +16,7 @@ from tilewise.generation import generate
 from tilewise.layers import AdditiveAttention, GatedRecurrent
 from tilewise.models import RecurrentSeq2Seq
 from tilewise.scoring import embed, score
+from tilewise.text import train_tokenizer
 
 SOURCE_V, TARGET_V, START, END = 11, 9, 1, 2
 KINDS = {
@@ -381,6 +382,21 @@ def test_a_model_survives_its_folder(kind: str, tmp_path: Path) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     assert again.score([[3, 4]], SOURCES[:1])[0].log_probs
     assert again.embed(SOURCES).shape == (4, network.config.source_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_the_tokenizer_survive(dtype: torch.dtype, tmp_path: Path) -> None:
+    network = model("bahdanau").float()
+    tokenizer = train_tokenizer(["abc"])
+    tilewise.Model(network, tokenizer).save(tmp_path)
+    tilewise.load(tmp_path, dtype=dtype).save(tmp_path / "half")
+    again = tilewise.load(tmp_path / "half", dtype=dtype)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor.to(dtype)), name
+    assert again.generate(["ab"], max_new_tokens=3).texts is not None
+    assert again.tokenizer is not None and again.tokenizer.encode(["ab"]) == tokenizer.encode(
+        ["ab"]
+    )
 
 
 def test_a_folder_that_does_not_fit(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ class GatedRecurrent(nn.Module):
             elif name.startswith("weight_ih"):
                 nn.init.normal_(parameter, std=0.01)
             else:
-                for part in parameter.chunk(3):
-                    nn.init.orthogonal_(part)
+                for part in parameter.detach().chunk(3):  # torch has no QR of half precision
+                    wide = torch.promote_types(part.dtype, torch.float32)
+                    part.copy_(nn.init.orthogonal_(torch.empty(part.shape, dtype=wide)))
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """[R, N, I] to states [R, N, H], or [R, N, 2 H] of both directions, from a zero state.
