@@ -149,6 +149,23 @@ def test_umt5_of_the_hub(tied: bool, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["MarianMTModel", "MarianModel"])
+def test_an_untied_marian_has_a_matrix_of_each_stack(kind: str, tmp_path: Path) -> None:
+    """Its one vocabulary has three matrices in transformers 5, the first of which serves none."""
+    raw = marian.SMALL | {"tie_word_embeddings": False, "architectures": [kind]}
+    theirs = folder_of(raw, tmp_path)
+    ours = tilewise.load(tmp_path)
+    ours.save(tmp_path / "ours")
+    ids = torch.tensor([SOURCES[1]])
+    with torch.no_grad():
+        found = ours(ids, decoder_input_ids=ids).last_hidden_state
+        for other in (theirs, type(theirs).from_pretrained(tmp_path / "ours").eval()):
+            inner = getattr(other, "model", other)
+            expected = inner(input_ids=ids, decoder_input_ids=ids).last_hidden_state
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert tilewise.load(tmp_path / "ours").config == ours.config
+
+
 HEADS = [
     bart.SMALL, bart.EXAMPLES[5], marian.SMALL, marian.EXAMPLES[1], gpt2.SMALL, bloom.SMALL,
     opt.SMALL, bert.SMALL | {"architectures": ["BertForMaskedLM"]}, roberta.SMALL, modernbert.SMALL,

@@ -22,6 +22,7 @@ from .fields import (
 from .tables import (
     first_of,
     logits_bias,
+    prefixed,
     seq2seq_layers,
     seq2seq_prefix,
     token_copies,
@@ -69,6 +70,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     shared = flag(raw, "share_encoder_decoder_embeddings", True)
     target = vocab if shared else count(raw, "decoder_vocab_size", vocab)
     tied = flag(raw, "tie_word_embeddings", True)
+    if names is not None and not tied:  # transformers 5 then reads a matrix of each stack
+        shared = shared and not set(token_copies(prefixed("model.", names))[1:]) <= names
     head = "lm_head.weight"
     has_logits = tied or has_head(raw, names, "MarianModel", head)
     pad = 58100 if target > 58100 else None  # what the class assumes where a file is silent
@@ -117,8 +120,10 @@ def rules(config: ModelConfig, names: set[str] | None) -> list[WeightRule]:
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
-    """Sinusoids, which are computed here."""
-    return {name for name in names if name.endswith("embed_positions.weight")}
+    """Sinusoids, which are computed here, and what stacks with their own embeddings do not use."""
+    found = {name for name in names if name.endswith("embed_positions.weight")}
+    unused = token_copies(seq2seq_prefix(config, names))[0]
+    return found if config.share_embeddings else found | {unused}
 
 
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
