@@ -15,7 +15,15 @@ import tilewise
 from tilewise.checkpoints import fill_weights, open_weights
 from tilewise.checkpoints.copying import WeightRule
 from tilewise.errors import CheckpointError
+from tilewise.families import FAMILIES, tensors_to
+from tilewise.models import build
 
+EXAMPLES = [
+    pytest.param(raw, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, raw in enumerate(family.EXAMPLES)
+    if raw["model_type"] == name
+]
 SMALL: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -59,6 +67,21 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> P
     return folder
 
 
+def sharded(folder: Path, raw: dict[str, Any], dtype: torch.dtype, shards: int = 2) -> Path:
+    """A folder of ones, dealt out to shards."""
+    config = FAMILIES[raw["model_type"]].config_from(raw, None)
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in tensors_to(config, build(config).state_dict()).items()}
+    folder.mkdir(parents=True)
+    places = {name: f"part-{i % shards}.safetensors" for i, name in enumerate(sorted(shapes))}
+    for part in set(places.values()):
+        names = [name for name in places if places[name] == part]
+        save_file({n: torch.ones(shapes[n], dtype=dtype) for n in names}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
 # The peak is read from VmHWM: ru_maxrss starts with what the parent process had.
 MEASURE = """
 import json, sys, tilewise
@@ -84,19 +107,35 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama(tmp_path_factory.mktemp("large") / "m", **sizes, num_attention_heads=16)
 
 
+def growth(*arguments: str) -> tuple[int, float]:
+    """Bytes of the weights, and the growth of a process that loads them over that."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
+    )
+    found = json.loads(done.stdout)
+    return found["size"], found["growth"] / found["size"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_grows_by_little_more_than_the_weights(
     tmp_path: Path, large: Path, dtype: str
 ) -> None:
-    arguments = [str(llama(tmp_path / "small")), str(large), dtype]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
-    )
-    found = json.loads(done.stdout)
+    size, grown = growth(str(llama(tmp_path / "small")), str(large), dtype)
     wanted = {"float32": 300e6, "bfloat16": 150e6}[dtype]
-    assert wanted < found["size"] < 1.1 * wanted
-    assert 0.9 * found["size"] < found["growth"] <= 1.2 * found["size"]
+    assert wanted < size < 1.1 * wanted
+    assert 0.9 < grown <= 1.2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_as_little_for_shards_of_transposed_weights(tmp_path: Path) -> None:
+    gpt2 = FAMILIES["gpt2"].EXAMPLES[0]
+    small = sharded(tmp_path / "small", gpt2, torch.bfloat16)
+    large = gpt2 | {"n_embd": 768, "n_head": 12, "n_layer": 8}
+    folder = sharded(tmp_path / "large", large, torch.bfloat16)
+    size, grown = growth(str(small), str(folder), "float32")
+    assert size > 200e6
+    assert 0.9 < grown <= 1.2
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -129,6 +168,34 @@ def test_loading_leaves_the_default_dtype_alone(tmp_path: Path) -> None:
     model = tilewise.load(llama(tmp_path / "m"), dtype="bfloat16")
     assert torch.get_default_dtype() == torch.float32
     assert next(model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("raw", EXAMPLES)
+def test_every_family_is_built_on_the_meta_device(raw: dict[str, Any]) -> None:
+    config = FAMILIES[raw["model_type"]].config_from(raw, None)
+    with torch.device("meta"):
+        state = build(config).state_dict()
+    assert all(tensor.is_meta for tensor in state.values())
+    assert {n: t.shape for n, t in state.items()} == {
+        n: t.shape for n, t in build(config).state_dict().items()
+    }
+
+
+LOAD_ALL = """
+import sys, torch, tilewise
+before = torch.random.get_rng_state()
+for folder in sys.argv[1:]:
+    tilewise.load(folder)
+    assert "torch._dynamo" not in sys.modules, folder
+assert torch.equal(torch.random.get_rng_state(), before)
+"""
+
+
+def test_loading_draws_no_random_number_and_imports_no_compiler(tmp_path: Path) -> None:
+    """Either costs seconds: torch's meta kernels written in Python import its compiler."""
+    raws = [case.values[0] for case in EXAMPLES]
+    folders = [sharded(tmp_path / str(i), raw, torch.float32) for i, raw in enumerate(raws)]  # type: ignore[arg-type]
+    subprocess.run([sys.executable, "-c", LOAD_ALL, *map(str, folders)], check=True)
 
 
 def test_position_tables_are_exact_in_every_dtype() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.checkpoints.reading import PIECE, WeightFiles, described, listed, shown
+from tilewise.checkpoints.reading import TensorInfo, WeightFiles, described, listed, shown
 from tilewise.errors import CheckpointError
 
 
@@ -22,23 +22,41 @@ class WeightRule:
 
     `transform` takes the source tensors in order and returns the target's values: a transpose, a
     slice of a fused projection. It also runs on meta tensors, to learn the shape it makes. Without
-    it the sources are taken as they are, several one below the other: rows of a fused projection.
-    `inverse` gives the sources' values, a tuple, from the target's.
+    it the sources are taken as they are. Several tensors, of sources or in the tuple that it
+    returns, are put one below the other: rows of a fused projection. `inverse` gives the sources'
+    values, a tuple, from the target's.
     """
 
     target: str
     source: str | tuple[str, ...]
-    transform: Callable[..., Tensor] | None = None
+    transform: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     inverse: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
 
+    def parts(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The target's values, each part's rows below those of the part before."""
+        made = self.transform(*tensors) if self.transform else tensors
+        return made if isinstance(made, tuple) else (made,)
+
     def apply(self, *tensors: Tensor) -> Tensor:
-        if self.transform:
-            return self.transform(*tensors)
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        parts = self.parts(*tensors)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def shape(self, infos: Iterable[TensorInfo]) -> tuple[int, ...]:
+        """The shape of what `apply` would make, without torch.cat, which on meta tensors first
+        imports torch's compiler: seconds and 150 MB.
+
+        Raises RuntimeError, IndexError or ValueError for tensors that the rule cannot take.
+        """
+        stand_ins = (torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos)
+        shapes = [part.shape for part in self.parts(*stand_ins)]
+        if len(shapes) == 1:
+            return shapes[0]
+        (rest,) = {shape[1:] for shape in shapes}  # else a ValueError
+        return (sum(shape[0] for shape in shapes), *rest)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """The sources' values, in order, of the target's: the way back."""
@@ -121,22 +139,21 @@ def fill_weights(
 def fill(want: Tensor, weights: WeightFiles, rule: WeightRule) -> list[str]:
     """One line of the table; the names that are not finite."""
     if rule.transform or not want.is_contiguous():
-        sources = {name: weights.read(name) for name in rule.sources}
-        want.copy_(rule.apply(*sources.values()))
-        pieces = {name: tensor.view(-1).split(PIECE) for name, tensor in sources.items()}
-        return [
-            n for n, parts in pieces.items() if not all(finite(p.to(want.dtype)) for p in parts)
-        ]
-    odd, room = [], want.view(-1)
-    for name in rule.sources:
-        all_finite = True
-        for piece in weights.pieces(name):
-            values = piece.to(want.dtype)
-            room[: len(values)].copy_(values)
-            room = room[len(values) :]
-            all_finite = all_finite and finite(values)
-        odd += [] if all_finite else [name]
-    return odd
+        want.copy_(rule.apply(*(weights.read(name, want.dtype) for name in rule.sources)))
+    else:
+        sizes = [math.prod(weights.tensors[name].shape) for name in rule.sources]
+        for name, room in zip(rule.sources, want.view(-1).split(sizes), strict=True):
+            weights.read_into(name, room)
+    return [] if finite(want) else odd_sources(want.dtype, weights, rule)
+
+
+def odd_sources(dtype: torch.dtype, weights: WeightFiles, rule: WeightRule) -> list[str]:
+    """Which sources of a tensor that is not finite are to blame: they are read once more."""
+    return [
+        name
+        for name in rule.sources
+        if not all(finite(piece.to(dtype)) for piece in weights.pieces(name))
+    ]
 
 
 def finite(values: Tensor) -> bool:
@@ -184,14 +201,12 @@ def misfit(target: Mapping[str, Tensor], weights: WeightFiles, rule: WeightRule)
     if rule.target not in target:
         return f"{text}, but the model has no {shown(rule.target)}"
     want = target[rule.target]
-    stand_ins = [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos]
     try:
-        made = rule.apply(*stand_ins)
-    except (RuntimeError, IndexError, ValueError):  # the transform met a shape it cannot take
-        made = None
-    if made is not None and made.shape == want.shape:
-        if all(converts(dtype, want.dtype) for dtype in (made.dtype, *(i.dtype for i in infos))):
-            return None
+        fits = rule.shape(infos) == want.shape
+    except (RuntimeError, IndexError, ValueError):  # the rule met a shape it cannot take
+        fits = False
+    if fits and all(converts(info.dtype, want.dtype) for info in infos):
+        return None
     return f"{text}, but {shown(rule.target)} of the model is {described(want.dtype, want.shape)}"
 
 

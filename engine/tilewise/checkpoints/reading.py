@@ -114,9 +114,21 @@ class WeightFiles:
         since the folder was opened.
         """
         info = self._info(name)
-        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
-        self._files[info.file].read_into(info.begin, tensor)
-        return tensor.to(dtype or tensor.dtype)
+        tensor = torch.empty(info.shape, dtype=dtype or info.dtype, device="cpu")
+        self.read_into(name, tensor.view(-1))
+        return tensor
+
+    def read_into(self, name: str, room: torch.Tensor) -> None:
+        """Fills `room`, flat and of as many values, of any dtype and device: in place where the
+        file has its dtype, else piece by piece. Raises as read does.
+        """
+        info = self._info(name)
+        if room.dtype == info.dtype and room.device.type == "cpu":
+            self._files[info.file].read_into(info.begin, room)
+            return
+        for piece in self.pieces(name):
+            room[: len(piece)].copy_(piece)
+            room = room[len(piece) :]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The named tensor's values, flat and in order, PIECE bytes at a time.

@@ -7,7 +7,6 @@ saved folder has transformers' form.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoints import WeightRule
@@ -180,8 +179,8 @@ def _metas_rules(config: ModelConfig) -> list[WeightRule]:
         pairs = w.unflatten(0, (-1, config.head_size // 2, 2))
         return pairs.transpose(1, 2).flatten(0, 2)
 
-    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([halves(q), halves(k), v])
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return halves(q), halves(k), v
 
     table = [
         WeightRule("embedding.tokens.weight", "tok_embeddings.weight"),
