@@ -295,16 +295,42 @@ def test_broken_pair(tmp_path: Path, name: str, content: bytes) -> None:
         load_tokenizer(tmp_path)
 
 
+def link_out(path: Path) -> None:
+    (path.parent.parent / "secret").write_text("{}")
+    path.symlink_to("../secret")
+
+
 @pytest.mark.parametrize(
-    "make",
-    [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to("nowhere")],
+    ("make", "message"),
+    [
+        (os.mkfifo, "is not a regular file"),
+        (Path.mkdir, "is not a regular file"),
+        (lambda p: p.symlink_to("/dev/zero"), "outside the checkpoint"),
+        (lambda p: p.symlink_to("nowhere"), "cannot be read"),
+        (link_out, "outside the checkpoint"),
+    ],
 )
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
-def test_only_regular_files_are_opened(tmp_path: Path, name: str, make: Any) -> None:
-    (write_gpt2_files(tmp_path) / name).unlink(missing_ok=True)
-    make(tmp_path / name)
-    with pytest.raises(TokenizerError, match=f"{name} is not a regular file"):
-        load_tokenizer(tmp_path)
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])
+def test_only_regular_files_of_the_folder_are_opened(
+    tmp_path: Path, name: str, make: Any, message: str
+) -> None:
+    folder = write_gpt2_files(tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(TokenizerError, match=f"{name} .*{message}"):
+        load_tokenizer(folder)
+
+
+def test_links_of_hugging_faces_cache_are_followed(tmp_path: Path) -> None:
+    folder = write_gpt2_files(tmp_path / "m")
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0a1b"
+    for place in (snapshot, snapshot.parent.parent / "blobs"):
+        place.mkdir(parents=True)
+    for file in list(folder.iterdir()):
+        file.rename(snapshot.parent.parent / "blobs" / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    found = load_tokenizer(snapshot)
+    assert found is not None and found.decode(found.encode(["a b"])) == ["a b"]
 
 
 def test_a_giant_file_is_not_read(tmp_path: Path) -> None:

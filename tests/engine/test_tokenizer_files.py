@@ -327,7 +327,7 @@ def test_code_in_settings_does_nothing(bert: Path) -> None:
 def test_only_regular_files(bert: Path, name: str) -> None:
     (bert / name).unlink(missing_ok=True)
     (bert / name).symlink_to("/dev/zero")
-    with pytest.raises(TokenizerError, match=f"{name} is not a regular file"):
+    with pytest.raises(TokenizerError, match=f"{name} is a link to /dev/zero, outside"):
         load_tokenizer(bert)
 
 
@@ -665,5 +665,5 @@ def test_damaged_marian(tmp_path: Path, name: str, content: bytes) -> None:
 
 def test_half_a_marian(tmp_path: Path) -> None:
     (write_marian(tmp_path) / "target.spm").unlink()
-    with pytest.raises(TokenizerError, match="target.spm is not a regular file"):
+    with pytest.raises(TokenizerError, match="target.spm is missing"):
         load_tokenizer(tmp_path)

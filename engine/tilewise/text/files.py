@@ -13,7 +13,8 @@ from typing import Any
 
 import tokenizers
 
-from tilewise.errors import TokenizerError
+from tilewise.checkpoints.reading import existing_folder, find_file
+from tilewise.errors import CheckpointError, TokenizerError
 
 from .pieces import MARIAN, MODELS, load_pieces
 from .tokenizer import CONFIG, TOKENIZER, Tokenizer, reporting
@@ -123,8 +124,13 @@ def checked(backend: tokenizers.Tokenizer, origin: str, config: dict[str, Any]) 
 
 
 def readable(path: Path) -> Path:
-    if not path.is_file():  # a folder, a device, a pipe or a broken link
-        raise TokenizerError(f"{path} is not a regular file. Put the tokenizer's file there")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+    """The path, once it is found safe to read: a link may lead where those of weights may."""
+    try:
+        found = find_file(existing_folder(path.parent), path.name)
+    except CheckpointError as error:  # a folder, a device, a pipe, a broken link or one that leaves
+        raise TokenizerError(str(error)) from error
+    if found is None:
+        raise TokenizerError(f"{path} is missing. Put the tokenizer's file there")
+    if (size := found.stat().st_size) > MAX_FILE_BYTES:
         raise TokenizerError(f"{path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     return path
