@@ -304,8 +304,10 @@ def test_sides_come_from_the_file(bert: Path) -> None:
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"999": "q"}}', "gets the id"),
         ("tokenizer_config.json", b'{"extra_special_tokens": 4}', "does not work"),
         ("special_tokens_map.json", b'{"cls_token": {"content": []}}', "a special token is"),
-        ("added_tokens.json", b'{"q": "w"}', "does not work"),
-        ("added_tokens.json", b'{"q": 1e400}', "does not work"),
+        ("added_tokens.json", b'{"q": "w"}', "gives 'q' the id 'w', which is no integer"),
+        ("added_tokens.json", b'{"q": 1e400}', "the id inf, which is no integer"),
+        ("added_tokens.json", b'{"q": [1]}', r"the id \[1\], which is no integer"),
+        ("added_tokens.json", b'{"q": true}', "the id True, which is no integer"),
         ("added_tokens.json", b"\x00", "added_tokens.json does not work"),
     ],
 )

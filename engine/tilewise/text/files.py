@@ -76,6 +76,11 @@ def folder_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         return config
     added = read_settings(root / "added_tokens.json")
     special = special_tokens(root).values()
+    if odd := [token for token, index in added.items() if type(index) is not int]:
+        raise TokenizerError(
+            f"{root / 'added_tokens.json'} gives {odd[0]!r} the id {added[odd[0]]!r}, which is no "
+            "integer. Fetch the file again"
+        )
     known = {content(value) for value in special if isinstance(value, (str, dict))}
     tokens = {
         index: {"content": token, "special": token in known, "normalized": token not in known}
