@@ -130,14 +130,16 @@ def ahead_of_time(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def write_between_markers(readme: Path, lines: list[str]) -> None:
+def write_between_markers(
+    readme: Path, lines: list[str], begin: str = BEGIN, end: str = END
+) -> None:
     """Replace what is between the markers of the README; raises SystemExit without them."""
     text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{readme} lacks the lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines).rstrip() + f"\n\n{END}{after}")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{readme} lacks the lines {begin} and {end}")
+    readme.write_text(f"{before}{begin}\n\n" + "\n".join(lines).rstrip() + f"\n\n{end}{after}")
 
 
 def draw(documents: list[dict[str, Any]], file: str) -> None:

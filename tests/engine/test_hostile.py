@@ -4,6 +4,7 @@ What a single file of weights may do wrong is in test_checkpoints.py, what a tok
 test_text.py; here are whole folders, and the configurations of every family.
 """
 
+import functools
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from tilewise.checkpoints import open_weights
 from tilewise.errors import CheckpointError, ConfigError, TilewiseError
 from tilewise.families import FAMILIES, tensors_to
 from tilewise.models import build
+from tilewise.text import train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXAMPLES = [
@@ -299,8 +301,6 @@ def test_a_corrupt_tokenizer(tmp_path: Path, content: bytes) -> None:
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
-    from tilewise.text import train_tokenizer
-
     text = "".join(chr(0x4E00 + i) for i in range(100))
     (folder / "tokenizer.json").write_bytes(train_tokenizer([text]).files()["tokenizer.json"])
     assert "104 tokens" in str(refused(folder))
@@ -320,15 +320,34 @@ def test_a_chat_template_is_never_run(tmp_path: Path) -> None:
 
 # A fuzzer of whole folders
 
-KINDS = ["config", "weights", "header", "index", "value"]
+KINDS = ["config", "weights", "header", "index", "value", "tokenizer", "settings"]
+# Files that a folder may have besides, and keys of those that are JSON.
+WORDS = b"[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\n##b\n"
+SETTINGS = {
+    "generation_config.json": ["eos_token_id", "bad_words_ids", "suppress_tokens", "num_beams"],
+    "tokenizer_config.json": ["padding_side", "cls_token", "added_tokens_decoder", "do_lower_case"],
+    "special_tokens_map.json": ["unk_token", "additional_special_tokens"],
+    "added_tokens.json": ["a", "[CLS]"],
+}
+ODD: list[Any] = [*VALUES, [[[1]]], [{}], {"content": []}, {"1": {}}, {"1": {"content": "q"}}]
+
+
+@functools.cache
+def tokenizer_json() -> bytes:
+    return train_tokenizer(["ab"]).files()["tokenizer.json"]
 
 
 def mutate(folder: Path, raw: dict[str, Any], data: st.DataObject) -> None:
-    """One change of a folder: bytes of a file, a value of its JSON, or an index of odd shards."""
+    """One change of a folder: bytes of a file, a value of its JSON, an odd file, or odd shards."""
     kind = data.draw(st.sampled_from(KINDS))
     if kind == "value":
         changed = {data.draw(st.sampled_from(sorted(raw))): data.draw(st.sampled_from(VALUES))}
         (folder / "config.json").write_text(json.dumps(raw | changed))
+    elif kind == "settings":
+        (folder / "vocab.txt").write_bytes(WORDS)
+        name = data.draw(st.sampled_from(sorted(SETTINGS)))
+        key = data.draw(st.sampled_from(SETTINGS[name]))
+        (folder / name).write_text(json.dumps({key: data.draw(st.sampled_from(ODD))}))
     elif kind == "index":
         names = [WEIGHTS, "../x.safetensors", "gone.safetensors", INDEX, 7]
         tensors = [*open_weights(folder).tensors, "x", ""]
@@ -336,7 +355,10 @@ def mutate(folder: Path, raw: dict[str, Any], data: st.DataObject) -> None:
         (folder / INDEX).write_text(json.dumps({"weight_map": places}))
         (folder / WEIGHTS).rename(folder / "part.safetensors")
     else:
-        path = folder / ("config.json" if kind == "config" else WEIGHTS)
+        files = {"config": "config.json", "tokenizer": "tokenizer.json"}
+        path = folder / files.get(kind, WEIGHTS)
+        if kind == "tokenizer":
+            path.write_bytes(tokenizer_json())
         content = bytearray(path.read_bytes())
         last = 8 + int.from_bytes(content[:8], "little") if kind == "header" else len(content)
         for _ in range(data.draw(st.integers(1, 4))):
