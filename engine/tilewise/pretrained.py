@@ -303,7 +303,7 @@ def inspect(
     source: as of `load`, whose errors it raises for folders that cannot be read.
     """
     folder = _folder(source)
-    raw, weights = read_config(folder), open_weights(folder)
+    raw, weights = _config(folder), open_weights(folder)
     return family_of(raw).config_from(raw, set(weights.tensors)), weights.tensors
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import tilewise
 from tilewise.errors import CheckpointError, ConfigError
+from tilewise.pretrained import inspect
 
 # As in Llama 2 7B's file, but small: the inner size is 8 / 3 of dim, to the next multiple.
 PARAMS: dict[str, Any] = {
@@ -92,6 +93,8 @@ def test_logits_are_metas(tmp_path: Path) -> None:
     model = tilewise.load(folder_of(tmp_path, tensors))
     torch.testing.assert_close(model(ids()).logits, metas(tensors, ids()), rtol=1e-4, atol=1e-4)
     assert model.config.ffn_size == INNER and model.config.eos_token_id == (2,)
+    config, found = inspect(tmp_path)
+    assert config == model.config and found.keys() == tensors.keys()
 
 
 def test_saved_again_it_has_transformers_form(tmp_path: Path) -> None:
