@@ -1,9 +1,13 @@
 """tilewise score, embed, fill-mask, convert and info MODEL: the same numbers as in Python."""
 
+import io
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -11,7 +15,7 @@ from safetensors.torch import load_file
 import tilewise
 from tilewise.cli import main
 from tilewise.config import ModelConfig
-from tilewise.text import train_tokenizer
+from tilewise.text import Tokenizer, train_tokenizer
 
 TEXTS = ["half past three", "two hundred and six", "the first of May"]
 
@@ -25,9 +29,13 @@ def lines_of(done: Result) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def made(folder: Path, **changes: object) -> Path:
+def made(folder: Path, *special: str, **changes: object) -> Path:
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(TEXTS)
+    backend = tokenizers.Tokenizer.from_str(
+        train_tokenizer(TEXTS).files()["tokenizer.json"].decode()
+    )
+    backend.add_special_tokens(list(special))
+    tokenizer = Tokenizer(backend, "the test's tokenizer")
     values = {"model_type": "tilewise-transformer", "vocab_size": tokenizer.vocab_size,
               "hidden_size": 16, "num_heads": 2, "ffn_size": 32, "max_positions": 64}  # fmt: skip
     config = ModelConfig(**(values | changes))  # type: ignore[arg-type]
@@ -42,7 +50,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("models") / "masked", encoder_layers=1, masked_head="gelu")
+    folder = tmp_path_factory.mktemp("models") / "masked"
+    return made(folder, "[MASK]", encoder_layers=1, masked_head="gelu", max_positions=20)
 
 
 def test_score(decoder: Path, tmp_path: Path) -> None:
@@ -85,13 +94,62 @@ def test_embed(decoder: Path, options: tuple[str, ...]) -> None:
     torch.testing.assert_close(vectors, expected)
 
 
-def test_fill_mask(masked: Path, decoder: Path, tmp_path: Path) -> None:
-    tokenizer = json.loads((masked / "tokenizer.json").read_text())
-    assert "[MASK]" not in json.dumps(tokenizer)
-    done = run("fill-mask", "--model", str(masked), "half past three")
+def test_fill_mask(masked: Path) -> None:
+    model = tilewise.load(masked)
+    texts = ["half [MASK]ast", "[MASK]wo hundred an[MASK] six"]
+    found = lines_of(run("fill-mask", "--model", str(masked), "--top-k", "3", *texts))
+    assert [line["text"] for line in found] == texts
+    for line, masks in zip(found, model.fill_mask(texts, top_k=3), strict=True):
+        assert [len(mask) for mask in line["masks"]] == [3] * len(masks)
+        for told, expected in zip(sum(line["masks"], []), sum(masks, []), strict=True):
+            assert told["id"] == expected.token
+            assert told["probability"] == pytest.approx(math.exp(expected.log_prob), rel=1e-4)
+            assert model.tokenizer is not None
+            assert [told["token"]] == model.tokenizer.decode([[expected.token]])
+
+
+def test_fill_mask_without_masks(masked: Path, decoder: Path) -> None:
+    done = run("fill-mask", "--model", str(decoder), "half past three")
     assert done.exit_code == 1 and "no [MASK] or <mask> token" in done.stderr
-    done = run("fill-mask", "--model", str(decoder), "half")
-    assert done.exit_code == 1
+    done = run("fill-mask", "--model", str(masked), "half")
+    assert done.exit_code == 1 and "holds no mask" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["embed", "fill-mask"])
+def test_long_texts_are_cut_when_asked(masked: Path, command: str) -> None:
+    text = "[MASK]" + "half past three" * 4
+    done = run(command, "--model", str(masked), text)
+    assert done.exit_code == 1 and "--truncate" in done.stderr
+    found = lines_of(run(command, "--model", str(masked), "--truncate", text))
+    assert [line["text"] for line in found] == [text]
+
+
+def test_lines_are_read_as_they_are_answered(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time, in order, the third line unread while the first two are scored."""
+    monkeypatch.setattr("tilewise.cli.scoring.TOGETHER", 2)
+    texts = ["three", "half past three", "six", "may", "two hundred"]
+    stream, read = io.BytesIO("\n".join(texts).encode()), []
+    score = tilewise.Model.score
+
+    def watched(model: tilewise.Model, *arguments: Any, **options: Any) -> Any:
+        read.append(stream.tell())
+        return score(model, *arguments, **options)
+
+    monkeypatch.setattr(tilewise.Model, "score", watched)
+    done = CliRunner().invoke(main, ["score", "--model", str(decoder)], input=stream)
+    assert [line["text"] for line in lines_of(done)] == texts
+    assert read == [22, 30, 41]
+
+
+def test_windows_over_a_long_text(decoder: Path) -> None:
+    text = "half past three" * 6
+    model = ("--model", str(decoder))
+    near, far = (lines_of(run("score", *model, *how, text))[0] for how in (("--stride", "1"), ()))
+    expected = tilewise.load(decoder).score([text], stride=1)[0]
+    assert near["log_prob"] == pytest.approx(expected.total, abs=1e-4)
+    assert abs(near["log_prob"] - far["log_prob"]) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

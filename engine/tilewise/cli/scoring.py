@@ -23,6 +23,9 @@ SHARED_OPTIONS = (
     click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True,
                  help="Tokens that run together, padding included."),
 )  # fmt: skip
+truncate_option = click.option(
+    "--truncate", is_flag=True, help="Cut texts longer than the model's positions."
+)
 TOGETHER = 512  # lines that are read, sorted by length and answered at a time
 
 
@@ -103,6 +106,7 @@ def score(
 @click.option("--pooling", type=click.Choice(["mean", "cls", "last"]), default="mean",
               show_default=True, help="Which tokens' states make the vector.")  # fmt: skip
 @click.option("--normalize/--no-normalize", default=True, help="Vectors of length 1.")
+@truncate_option
 def embed(
     texts: tuple[str, ...],
     model: str,
@@ -112,6 +116,7 @@ def embed(
     batch_tokens: int,
     pooling: str,
     normalize: bool,
+    truncate: bool,
 ) -> None:
     """One vector for each of TEXTS.
 
@@ -125,6 +130,7 @@ def embed(
             [record["text"] for record in batch],
             pooling=pooling,
             normalize=normalize,
+            truncate=truncate,
             batch_tokens=batch_tokens,
         )
         for record, vector in zip(batch, vectors.tolist(), strict=True):
@@ -137,6 +143,7 @@ def embed(
 @shared_options
 @click.option("--top-k", type=click.IntRange(1), default=5, show_default=True,
               help="Candidates for each mask.")  # fmt: skip
+@truncate_option
 def fill_mask(
     texts: tuple[str, ...],
     model: str,
@@ -145,6 +152,7 @@ def fill_mask(
     device: str | None,
     batch_tokens: int,
     top_k: int,
+    truncate: bool,
 ) -> None:
     """The likeliest words behind the mask tokens ([MASK] or <mask>) in TEXTS.
 
@@ -158,7 +166,10 @@ def fill_mask(
 
     def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
         found = opened.fill_mask(
-            [record["text"] for record in batch], top_k=top_k, batch_tokens=batch_tokens
+            [record["text"] for record in batch],
+            top_k=top_k,
+            truncate=truncate,
+            batch_tokens=batch_tokens,
         )
         assert opened.tokenizer is not None  # texts went in
         for record, masks in zip(batch, found, strict=True):

@@ -74,5 +74,5 @@ def check_length(name: str, rows: Sequence[Sequence[int]], config: AnyConfig) ->
         if config.position_limit is not None and len(row) > config.position_limit:
             raise ArgumentError(
                 f"{name}[{i}] is {len(row)} tokens long; the model has {config.position_limit} "
-                "positions: shorten it, or pass truncate=True with texts where it is taken"
+                "positions: shorten it, or pass truncate=True (--truncate) where it is taken"
             )
