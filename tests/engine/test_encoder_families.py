@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tilewise
+from tilewise.cli import main
 from tilewise.errors import CheckpointError, ConfigError
 from tilewise.families import bert, family_of, modernbert, roberta
 
@@ -257,6 +259,12 @@ def test_embeddings_of_a_trained_encoder(tmp_path: Path) -> None:
     found = ours.embed(SENTENCES)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found[0] @ found[1] > 0.5 > found[0] @ found[2]  # the weights are the trained ones
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES))
+    command = ["embed", "--model", str(folder), "--file", str(tmp_path / "sentences.txt")]
+    lines = CliRunner().invoke(main, command).stdout.splitlines()
+    told = torch.tensor([json.loads(line)["embedding"] for line in lines])
+    spoken = [i for i, text in enumerate(SENTENCES) if text]  # blank lines have no vector
+    torch.testing.assert_close(told, expected[spoken], atol=1e-5, rtol=0)
     assert torch.equal(ours.embed(SENTENCES[2:3])[0], ours.embed([SENTENCES[2]] * 2)[1])
     with torch.no_grad():
         pooled = theirs(**inputs).pooler_output

@@ -61,8 +61,8 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def peak(*, anew: bool = False) -> int:
-    """The most bytes that this process has had. anew: counted from what it has now on, without which
-    the memory that an earlier test took would hide what a later one takes.
+    """The most bytes that this process has had. anew: forget what it had before, or the memory that
+    an earlier test took would hide what a later one takes.
     """
     if not MARK.exists():  # no Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

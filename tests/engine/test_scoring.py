@@ -13,6 +13,7 @@ from tilewise.errors import ArgumentError
 from tilewise.models import build
 from tilewise.pretrained import Model
 from tilewise.scoring import Score, choose, few_shot_prompt, perplexity, score
+from tilewise.scoring.batches import by_tokens
 from tilewise.text import train_tokenizer
 
 TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [5, 5, 5]]
@@ -49,6 +50,13 @@ def test_scores_are_those_of_one_token_at_a_time(batch_tokens: int) -> None:
         assert each.log_probs == pytest.approx(expected, abs=1e-5)
         assert each.total == pytest.approx(sum(expected), abs=1e-5) and not each.greedy
         assert each.perplexity == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-5)
+
+
+def test_batches_hold_what_was_asked_padding_included() -> None:
+    lengths = [3, 9, 1, 4, 4, 2]
+    batches = list(by_tokens(lengths, 8))
+    assert sorted(sum(batches, [])) == list(range(6))
+    assert [[lengths[i] for i in batch] for batch in batches] == [[9], [4, 4], [3, 2], [1]]
 
 
 def test_perplexity_is_of_all_tokens() -> None:
