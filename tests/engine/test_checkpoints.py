@@ -438,6 +438,10 @@ def test_hugging_face_cache_layouts_load(tmp_path: Path) -> None:
     (snapshot_folder / "config.json").symlink_to("../../refs")
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
         read_config(snapshot_folder)
+    (plain := repository / "elsewhere" / "0a1b").mkdir(parents=True)  # no snapshot
+    (plain / "config.json").symlink_to("../../blobs/c")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        read_config(plain)
 
 
 def test_links_within_the_folder_load(tmp_path: Path) -> None:
