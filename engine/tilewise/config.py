@@ -180,7 +180,7 @@ class ModelConfig:
         ):
             if getattr(self, name) != usual and self.norm_position == "post":
                 raise ConfigError(f"{name} is {getattr(self, name)}; it needs norm_position 'pre'")
-        if self.parallel_residual and self.encoder_layers and self.decoder_layers:
+        if self.parallel_residual and self.is_seq2seq:
             raise ConfigError("parallel_residual is set; seq2seq models have none")
         if self.target_vocab_size is not None and self.share_embeddings:
             raise ConfigError("target_vocab_size is set; share_embeddings must then be False")

@@ -25,9 +25,8 @@ except ImportError as error:
         "tilewise.harness answers the lm-eval harness: pip install 'tilewise[harness]'"
     ) from error
 
-Part = tuple[
-    list[int], list[int]
-]  # what the model reads first (a source, or before the text), text
+# What the model reads first (a source, or what is before the text), and the text.
+Part = tuple[list[int], list[int]]
 NEW_TOKENS = 256  # the harness' own default
 TOGETHER = 512  # requests that are sorted by length and scored at a time
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")

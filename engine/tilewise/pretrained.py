@@ -27,7 +27,7 @@ from .config import AnyConfig, ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
-from .models import AnySeq2Seq, ModelOutput, build
+from .models import ModelOutput, build
 from .scoring import Score
 from .text import Tokenizer, load_tokenizer
 
@@ -95,7 +95,7 @@ class Model(nn.Module):
         out = generate(self.network, prompts, defaults=self.generation_defaults, **options)
         each = len(out.lengths) // max(len(prompts), 1)
         # A seq2seq model's start token, or the one that an empty prompt gets, is no text either.
-        start = [1 if self._is_seq2seq else max(len(prompt), 1) for prompt in prompts]
+        start = [1 if self.config.is_seq2seq else max(len(prompt), 1) for prompt in prompts]
         skip = [start[i // each] for i in range(len(out.lengths))]
         rows = zip(out.sequences.tolist(), skip, out.lengths.tolist(), strict=True)
         out.texts = tokenizer.decode([row[start:stop] for row, start, stop in rows])
@@ -116,11 +116,11 @@ class Model(nn.Module):
         such as "ro_RO"; None: the one that decoding starts with, else the tokenizer's. options:
         batch_tokens, stride; see tilewise.scoring.score. Raises ArgumentError, TokenizerError.
         """
-        if self._is_seq2seq and _are_strings(texts):
+        if self.config.is_seq2seq and _are_strings(texts):
             texts, options["wrap"] = self._targets(texts, language)  # type: ignore[arg-type]
         elif language is not None:
             raise ArgumentError("language is of a seq2seq model's target strings; leave it out")
-        together = contexts is not None and not self._is_seq2seq
+        together = contexts is not None and not self.config.is_seq2seq
         if not (together and _are_strings(texts) and _are_strings(contexts)):
             ids = self._ids("texts", texts, self.config.output_vocab_size)
             given = None if contexts is None else self._ids("contexts", contexts)
@@ -199,10 +199,6 @@ class Model(nn.Module):
             tensors_to(self.config, state),
             extra,
         )
-
-    @property
-    def _is_seq2seq(self) -> bool:
-        return isinstance(self.network, AnySeq2Seq)
 
     def _ids(
         self, name: str, inputs: Any, vocab_size: int | None = None, truncate: bool = False

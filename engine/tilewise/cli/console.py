@@ -97,12 +97,9 @@ def read_texts(arguments: Sequence[str], file: str | None) -> list[str]:
     Raises UsageError when there is no or more than one source, and ClickException when the bytes
     are not UTF-8.
     """
-    if arguments and file is not None:
-        raise click.UsageError("give texts or --file, not both")
+    _check_source(arguments, file)
     if arguments:
         return list(arguments)
-    if file is None and sys.stdin.isatty():
-        raise click.UsageError("give texts, --file FILE, or lines on standard input")
     name = "-" if file is None else file
     with click.open_file(name, "rb") as stream:
         content = stream.read()
@@ -126,13 +123,17 @@ def read_records(
     UsageError when there is no or more than one source, ClickException naming the line that is
     neither.
     """
+    _check_source(arguments, file)
+    if arguments:
+        return ({"text": text} for text in arguments)
+    return _records("-" if file is None else file, fields)
+
+
+def _check_source(arguments: Sequence[str], file: str | None) -> None:
     if arguments and file is not None:
         raise click.UsageError("give texts or --file, not both")
     if not arguments and file is None and sys.stdin.isatty():
         raise click.UsageError("give texts, --file FILE, or lines on standard input")
-    if arguments:
-        return ({"text": text} for text in arguments)
-    return _records("-" if file is None else file, fields)
 
 
 def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -140,20 +140,21 @@ def same_again(
     raw: dict[str, Any], config: ModelConfig, read: Callable[[Raw], ModelConfig]
 ) -> dict[str, Any]:
     """raw, if reading it gives config; ConfigError naming what a folder of it cannot say."""
-    heads = None if config.kv_heads == config.num_heads else config.num_kv_heads
-    size = None if config.head_dim == config.hidden_size / config.num_heads else config.head_dim
-    wanted = replace(config, num_kv_heads=heads, head_dim=size).to_dict()
-    found = read(raw)
-    heads = None if found.kv_heads == found.num_heads else found.num_kv_heads
-    size = None if found.head_dim == found.hidden_size / found.num_heads else found.head_dim
-    found_fields = replace(found, num_kv_heads=heads, head_dim=size).to_dict()
-    wrong = [name for name in wanted if wanted[name] != found_fields[name]]
+    wanted, found = _usual_as_none(config), _usual_as_none(read(raw))
+    wrong = [name for name in wanted if wanted[name] != found[name]]
     if wrong:
         raise ConfigError(
             f"{', '.join(wrong)}: a {config.model_type} folder cannot say this; save it as a "
             "model_type that can"
         )
     return raw
+
+
+def _usual_as_none(config: ModelConfig) -> dict[str, Any]:
+    """Its fields, with None for as many key heads as heads, and for heads of the usual size."""
+    heads = None if config.kv_heads == config.num_heads else config.num_kv_heads
+    size = None if config.head_dim == config.hidden_size / config.num_heads else config.head_dim
+    return replace(config, num_kv_heads=heads, head_dim=size).to_dict()
 
 
 def seq2seq_fields(raw: Raw) -> dict[str, Any]:

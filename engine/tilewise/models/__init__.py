@@ -33,6 +33,6 @@ def build(config: AnyConfig) -> nn.Module:
         return RecurrentSeq2Seq(config)
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"config is {type(config).__name__}; pass a tilewise.ModelConfig")
-    if config.encoder_layers and config.decoder_layers:
+    if config.is_seq2seq:
         return Seq2Seq(config)
     return Decoder(config) if config.decoder_layers else Encoder(config)

@@ -96,7 +96,7 @@ class Seq2Seq(SourceToTarget):
     decoder: Decoder
 
     def __init__(self, config: ModelConfig) -> None:
-        if not (config.encoder_layers and config.decoder_layers):
+        if not config.is_seq2seq:
             raise ConfigError(
                 f"a Seq2Seq needs both stacks; encoder_layers is {config.encoder_layers} and "
                 f"decoder_layers {config.decoder_layers}"
