@@ -28,7 +28,7 @@ def asked(language: str, shots: int) -> tuple[str, int]:
     """A prompt with this many examples of a language, and the digit that it asks for."""
     query, *others = random.sample(range(10), shots + 1)
     examples = [(str(digit), WORDS[language][digit]) for digit in others]
-    return few_shot_prompt(str(query), examples, separator=" ", joint="="), query
+    return few_shot_prompt(str(query), examples, separator=" ", delimiter="="), query
 
 
 def new_model(tokenizer: Tokenizer) -> tilewise.Model:
@@ -89,7 +89,7 @@ def main() -> None:
     for shots in (0, 1, 3):
         print(f"{shots} shots: {share_right(model, shots):.2f} right")
 
-    prompt = few_shot_prompt("7", [("4", "nelja"), ("1", "yksi")], separator=" ", joint="=")
+    prompt = few_shot_prompt("7", [("4", "nelja"), ("1", "yksi")], separator=" ", delimiter="=")
     answers = [words[7] for words in WORDS.values()]
     print(f"{prompt!r}, log P [nats] of {answers}:")
     for normalise in ("sum", "length", "unconditional"):

@@ -19,12 +19,12 @@ def few_shot_prompt(
     description: str = "",
     *,
     separator: str = "\n\n",
-    joint: str = "\n",
+    delimiter: str = "\n",
 ) -> str:
     """description, k examples (question, answer) and the query, ready to be continued.
 
     Without examples it is a zero-shot prompt. Parts are joined by `separator`, a question and its
-    answer by `joint`, with which the prompt ends. Raises ArgumentError for examples that are no
+    answer by `delimiter`, with which the prompt ends. Raises ArgumentError for examples that are no
     pairs of texts.
     """
     for i, example in enumerate(examples):
@@ -32,8 +32,8 @@ def few_shot_prompt(
         if not is_pair or not all(isinstance(part, str) for part in example):
             raise ArgumentError(f"examples[{i}] is {example!r}; pass (question, answer) texts")
     parts = [description] if description else []
-    parts += [question + joint + answer for question, answer in examples]
-    return separator.join([*parts, query]) + joint
+    parts += [question + delimiter + answer for question, answer in examples]
+    return separator.join([*parts, query]) + delimiter
 
 
 @dataclass
