@@ -173,6 +173,18 @@ def test_info_of_a_model(decoder: Path) -> None:
     assert "hidden_size" in run("info", str(decoder)).stdout
 
 
+@pytest.mark.filterwarnings("ignore:.* has weights that are NaN")
+@pytest.mark.parametrize("command", ["score", "embed"])
+def test_a_model_that_gives_nan_is_an_error(decoder: Path, tmp_path: Path, command: str) -> None:
+    model = tilewise.load(decoder)
+    with torch.no_grad():
+        model.network.norm.weight.fill_(math.nan)
+    model.save(tmp_path / "nan")
+    done = run(command, "--model", str(tmp_path / "nan"), TEXTS[0])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert "gives NaN or inf for 'half past three'" in done.stderr and not done.stdout
+
+
 @pytest.mark.parametrize(
     ("stdin", "words"),
     [

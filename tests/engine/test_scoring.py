@@ -64,6 +64,7 @@ def test_perplexity_is_of_all_tokens() -> None:
     assert perplexity(scores) == pytest.approx(math.exp(3.0))
     with pytest.raises(ArgumentError, match="no token"):
         perplexity([Score([], [])])
+    assert Score([1], [-1e4]).perplexity == perplexity([Score([1], [-1e4])]) == math.inf
 
 
 @pytest.mark.parametrize("stride", [None, 1, 5, 11, 12])
@@ -153,7 +154,7 @@ def test_texts_and_contexts_are_encoded_as_one() -> None:
 def test_few_shot_prompts_and_choices() -> None:
     examples = [("2 + 2 =", "4"), ("1 + 1 =", "2")]
     assert few_shot_prompt("3 + 1 =", description="Add.") == "Add.\n\n3 + 1 =\n"
-    prompt = few_shot_prompt("3 + 1 =", examples, "Add.", joint=" ")
+    prompt = few_shot_prompt("3 + 1 =", examples, "Add.", delimiter=" ")
     assert prompt == "Add.\n\n2 + 2 = 4\n\n1 + 1 = 2\n\n3 + 1 = "
     table = {("4", "P"): [-1.0], ("long answer", "P"): [-0.4] * 4,
              ("4", "N"): [-1.0], ("long answer", "N"): [-3.0]}  # fmt: skip

@@ -39,9 +39,18 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
 def print_answers(
     records: Iterable[Record], answer: Callable[[list[Record]], Iterable[dict[str, Any]]]
 ) -> None:
-    """One line of JSON per record, in order, as the answers come; any number of records."""
+    """One line of JSON per record, in order, as the answers come; any number of records.
+
+    Raises ClickException for a number that JSON has not.
+    """
     for found in progress(_answers(iter(records), answer), None, "text"):
-        click.echo(json.dumps(found, ensure_ascii=True, allow_nan=False))
+        try:
+            line = json.dumps(found, ensure_ascii=True, allow_nan=False)
+        except ValueError as error:
+            raise click.ClickException(
+                f"the model gives NaN or inf for {found['text'][:80]!r}: are its weights sound?"
+            ) from error
+        click.echo(line)
 
 
 def _answers(

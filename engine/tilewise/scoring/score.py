@@ -47,7 +47,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(-mean)."""
-        return math.exp(-self.mean)
+        return _exp(-self.mean)
 
 
 def perplexity(scores: Sequence[Score]) -> float:
@@ -55,7 +55,14 @@ def perplexity(scores: Sequence[Score]) -> float:
     count = sum(len(score.log_probs) for score in scores)
     if not count:
         raise ArgumentError("scores hold no token; a text without context needs at least two")
-    return math.exp(-math.fsum(score.total for score in scores) / count)
+    return _exp(-math.fsum(score.total for score in scores) / count)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 class _Part(NamedTuple):
