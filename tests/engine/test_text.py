@@ -197,6 +197,12 @@ def test_bad_ids(gpt2: Tokenizer, token: Any) -> None:
         gpt2.decode([[1], [0, 1, token]])
 
 
+@pytest.mark.parametrize("pairs", [[("a",)], [("a", "b"), ("a",)], ["ab"], [("a", 2)], [None]])
+def test_pairs_must_be_two_texts(gpt2: Tokenizer, pairs: Any) -> None:
+    with pytest.raises(TokenizerError, match="pass two texts|must be a string"):
+        gpt2.encode_pairs(pairs)
+
+
 @pytest.mark.parametrize("ids", [[1, 2], ["12"], [None]])
 def test_ids_must_be_lists_of_lists(gpt2: Tokenizer, ids: Any) -> None:
     with pytest.raises(TokenizerError, match=r"ids\[0\] must be a list of integers"):

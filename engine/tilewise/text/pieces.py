@@ -19,7 +19,16 @@ from typing import Any
 
 from tilewise.errors import TokenizerError
 
-from .tokenizer import CONFIG, Tokenizer, check_ids, check_texts, reporting, room_for_text, side
+from .tokenizer import (
+    CONFIG,
+    Tokenizer,
+    check_ids,
+    check_pairs,
+    check_texts,
+    reporting,
+    room_for_text,
+    side,
+)
 
 MARIAN = ["source.spm", "target.spm"]
 MODELS = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]
@@ -137,8 +146,7 @@ class PieceTokenizer(Tokenizer):
         return found
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        for both in zip(*pairs, strict=True):
-            check_texts(both)
+        check_pairs(pairs)
         prefix, suffix = self._ids(self._numbering.prefix), self._ids(self._numbering.suffix)
         between = self._ids(self._numbering.between)
         rows = [

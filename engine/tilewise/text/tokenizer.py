@@ -152,11 +152,14 @@ class Tokenizer:
         return found
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Two texts as one sequence, by the tokenizer's template: (ids, token_type_ids)."""
-        for side in zip(*pairs, strict=True):
-            check_texts(side)
+        """Two texts as one sequence, by the tokenizer's template: (ids, token_type_ids).
+
+        Raises TokenizerError for anything but pairs of strings.
+        """
+        check_pairs(pairs)
+        both = [(first, second) for first, second in pairs]
         with reporting(self._origin):
-            return [(e.ids, e.type_ids) for e in self._backend.encode_batch(list(pairs))]
+            return [(e.ids, e.type_ids) for e in self._backend.encode_batch(both)]
 
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """One text per list of ids. Ids that no token has, such as those of padded embedding rows,
@@ -268,6 +271,13 @@ def check_texts(texts: Sequence[str]) -> None:
                 f"texts[{row}] has the lone surrogate U+{ord(text[error.start]):04X} at character "
                 f"{error.start}, which no encoding has. Decode the text's bytes as UTF-8 first"
             ) from error
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    for row, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TokenizerError(f"pairs[{row}] is {pair!r}; pass two texts")
+        check_texts(pair)
 
 
 def check_ids(ids: Sequence[Sequence[int]]) -> None:
