@@ -9,18 +9,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tilewise.checkpoints.reading import (
-    CONFIG,
-    MAX_CONFIG_BYTES,
-    WEIGHTS,
-    existing_folder,
-    find_file,
-    is_plain_name,
-    read_json,
-    reading,
-    shown,
-)
+from tilewise.checkpoints.reading import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, read_json, shown
 from tilewise.errors import CheckpointError
+from tilewise.folders import existing_folder, find_file, is_plain_name, reading
 
 MANIFEST = "sha256.json"
 

@@ -12,18 +12,17 @@ A safetensors file is: 8 bytes, the header's length N, little-endian; N bytes of
 import json
 import os
 import shlex
-import stat
 import weakref
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tilewise.errors import CheckpointError
+from tilewise.folders import existing_folder, find_file, is_plain_name, reading
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -181,61 +180,6 @@ def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
     if single := find_file(root, CONSOLIDATED):
         return WeightFiles(root, [WeightFile(single)])
     raise CheckpointError(no_weights_message(root))
-
-
-# Folders and files
-
-
-def existing_folder(folder: str | os.PathLike[str]) -> Path:
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{os.fspath(folder)!r} is not a folder. Give a checkpoint's folder")
-    return Path(os.path.realpath(folder))
-
-
-def find_file(root: Path, name: str) -> Path | None:
-    """The real path of root/name, None when it does not exist; raises when it is out of bounds."""
-    path = root / name
-    if not os.path.lexists(path):
-        return None
-    with reading(path):
-        real = Path(os.path.realpath(path, strict=True))
-        regular = stat.S_ISREG(real.stat().st_mode)  # before open(): opening a FIFO would block
-    if not any(real.is_relative_to(allowed) for allowed in readable_roots(root)):
-        raise CheckpointError(
-            f"{path} is a link to {real}, outside the checkpoint. Copy the file into the folder"
-        )
-    if not regular:
-        raise CheckpointError(f"{path} is not a regular file. Put the checkpoint's file there")
-    return real
-
-
-def readable_roots(root: Path) -> list[Path]:
-    """The folder itself; for <cache>/models--a--b/snapshots/<revision> the cache's blobs as well.
-
-    The Hugging Face cache links each snapshot file to ../../blobs, and that on to a store which
-    all repositories share, <cache>/blobs.
-    """
-    repository = root.parent.parent
-    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
-        return [root, repository / "blobs", repository.parent / "blobs"]
-    return [root]
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether `name` names a file of the folder itself, on every system."""
-    return (
-        name not in ("", ".", "..")
-        and name.isprintable()
-        and name == PurePosixPath(name).name == PureWindowsPath(name).name
-    )
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def no_weights_message(root: Path) -> str:

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tilewise.checkpoints.manifest import MANIFEST, digests
-from tilewise.checkpoints.reading import CONFIG, DTYPES, WEIGHTS, check_name, is_plain_name, shown
+from tilewise.checkpoints.reading import CONFIG, DTYPES, WEIGHTS, check_name, shown
 from tilewise.errors import CheckpointError
+from tilewise.folders import is_plain_name
 
 RESERVED = (CONFIG, WEIGHTS, MANIFEST)
 

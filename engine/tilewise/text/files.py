@@ -13,8 +13,8 @@ from typing import Any
 
 import tokenizers
 
-from tilewise.checkpoints.reading import existing_folder, find_file
 from tilewise.errors import CheckpointError, TokenizerError
+from tilewise.folders import existing_folder, find_file
 
 from .pieces import MARIAN, MODELS, load_pieces
 from .tokenizer import CONFIG, TOKENIZER, Tokenizer, reporting
