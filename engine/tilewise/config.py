@@ -48,6 +48,7 @@ class ModelConfig:
     residual_from_norm: bool = False  # pre-norm residuals carry the normalised input
     parallel_residual: bool = False  # x + attention(norm1(x)) + ffn(norm2(x))
     attention_bias: bool = True
+    qkv_bias: bool = True  # False: of attention, the output map alone has a bias
     ffn_bias: bool = True
     attention_scale: float | None = None  # multiplies q k^T; None: 1 / sqrt(head_dim)
     attention_scale_by_layer: bool = False  # divide the scale by the layer's number, from 1

@@ -140,6 +140,21 @@ def attention_pair(bias: bool = True) -> tuple[MultiHeadAttention, nn.MultiheadA
     return ours, theirs
 
 
+def test_attention_may_have_a_bias_on_its_output_alone() -> None:
+    ours, theirs = attention_pair()
+    nn.init.zeros_(ours.in_proj_bias)
+    bare = MultiHeadAttention(SIZE, HEADS, qkv_bias=False)
+    state = theirs.state_dict()
+    del state["in_proj_bias"]
+    bare.load_state_dict(state, strict=True)
+    x, memory = inputs((R, S, SIZE), (R, N, SIZE))
+    assert torch.equal(bare(x, causal=True), ours(x, causal=True))
+    assert torch.equal(bare(x, memory), ours(x, memory))
+    assert not MultiHeadAttention(SIZE, HEADS, bias=False, qkv_bias=True).state_dict().keys() - {
+        "in_proj_weight", "out_proj.weight"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "causal", "lengths", "causal+lengths", "bool", "float"])
 def test_self_attention_is_torchs(kind: str, bias: bool) -> None:

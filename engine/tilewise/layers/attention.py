@@ -67,7 +67,8 @@ class MultiHeadAttention(nn.Module):
 
     in_proj_weight holds the rows of q, k and v in that order: [(H + 2 Hkv) * D, E]; with Hkv = H
     the state_dict of torch.nn.MultiheadAttention(E, H) loads as it is. Batch comes first.
-    head_size: D, E / H when None. window: how many keys on either side a query sees, None = all.
+    head_size: D, E / H when None. qkv_bias: False takes the bias from q, k and v, and leaves it to
+    the output map. window: how many keys on either side a query sees, None = all.
     relative_buckets: rows of a bias table of its own, indexed by terms.buckets; None: no table.
     Source: Vaswani et al. 2017, section 3.2; grouped keys: Ainslie et al. 2023.
     """
@@ -80,6 +81,7 @@ class MultiHeadAttention(nn.Module):
         *,
         head_size: int | None = None,
         bias: bool = True,
+        qkv_bias: bool = True,
         scale: float | None = None,
         window: int | None = None,
         relative_buckets: int | None = None,
@@ -101,7 +103,7 @@ class MultiHeadAttention(nn.Module):
             self.relative = nn.Embedding(relative_buckets, num_heads)
         packed = (num_heads + 2 * kv_heads) * self.head_size
         self.in_proj_weight = nn.Parameter(torch.empty(packed, size))
-        self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias else None
+        self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias and qkv_bias else None
         self.out_proj = nn.Linear(num_heads * self.head_size, size, bias=bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
 

@@ -3,6 +3,8 @@
 Shapes: x [R, S, E].
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tilewise_kernels.errors import ArgumentError
@@ -34,14 +36,17 @@ class TransformerLayer(nn.Module):
         self.parallel, self.residual_from_norm = config.parallel_residual, config.residual_from_norm
         self.activation = config.activation
         heads = (size, config.num_heads, config.kv_heads)
-        head_size, attention_bias = config.head_size, config.attention_bias
+        attention: dict[str, Any] = {
+            "head_size": config.head_size,
+            "bias": config.attention_bias,
+            "qkv_bias": config.qkv_bias,
+            "scale": scale,
+        }
         window = config.windows[number - 1] if config.windows else None
         own_table = config.positions == "relative" and config.relative_by_layer
         self.self_attn = MultiHeadAttention(
             *heads,
-            head_size=head_size,
-            bias=attention_bias,
-            scale=scale,
+            **attention,
             window=window,
             relative_buckets=config.relative_buckets if own_table else None,
         )
@@ -50,9 +55,7 @@ class TransformerLayer(nn.Module):
             self.norm1 = norm_of(config)
         self.multihead_attn: MultiHeadAttention | None = None
         if cross_attention:
-            self.multihead_attn = MultiHeadAttention(
-                *heads, head_size=head_size, bias=attention_bias, scale=scale
-            )
+            self.multihead_attn = MultiHeadAttention(*heads, **attention)
             self.norm3 = norm_of(config)
         self.linear1 = nn.Linear(size, config.ffn_size, bias=bias)
         self.linear2 = nn.Linear(config.ffn_size, size, bias=bias)
