@@ -24,6 +24,6 @@ tilewise score --model "$work/half" --context "May 6th, 2030" "$translation"
 tilewise embed --model "$work/half" --file "$here/phrases.txt" > "$work/vectors.jsonl"
 wc -l < "$work/vectors.jsonl"
 
-# What stands behind [MASK], by the BERT that fill_mask.py trains.
-python "$here/fill_mask.py" --out "$work/sums" > "$work/log"
+# What stands behind [MASK], by the BERT that fill_mask.py trains, in a minute or two.
+python "$here/fill_mask.py" --out "$work/sums" >&2
 echo "two plus [MASK] is five" | tilewise fill-mask --model "$work/sums" --top-k 2

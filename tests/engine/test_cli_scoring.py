@@ -170,7 +170,9 @@ def test_info_of_a_model(decoder: Path) -> None:
     count = sum(p.numel() for p in tilewise.load(decoder).parameters())
     assert told["stored"] == {"float32": count}
     assert told["config"]["hidden_size"] == 16 and told["config"]["decoder_layers"] == 1
-    assert "hidden_size" in run("info", str(decoder)).stdout
+    text = run("info", str(decoder)).stdout
+    assert "hidden_size" in text and "rotary_base" not in text
+    assert told["config"]["rotary_base"] == 10_000
 
 
 @pytest.mark.filterwarnings("ignore:.* has weights that are NaN")

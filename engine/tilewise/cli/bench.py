@@ -23,7 +23,7 @@ SECONDS_FOR_ONE, SECONDS_FOR_ALL = 20.0, 15.0
 
 @click.command(cls=Command)
 @click.argument("op", required=False, type=click.Choice(OPS), metavar="[OP]")
-@click.option("--shape", help="Such as 8x12x512x512; see below.")
+@click.option("--shape", help="Such as 8x12x512x512; see above.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="float32, or bfloat16 on a GPU.")
 @click.option(
     "--direction", type=click.Choice([*DIRECTIONS, "all"]), default="all", show_default=True

@@ -8,7 +8,7 @@ from .console import Command
 from .generate import DTYPES
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Write a model to another folder or in another dtype.")
 @click.argument("source", metavar="FOLDER|ID")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)

@@ -1,13 +1,17 @@
 """tilewise info: what is installed, what the machine can do, which implementation each op uses."""
 
+import dataclasses
 import math
 import platform
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import Command, print_json
+
+if TYPE_CHECKING:
+    from ..config import AnyConfig
 
 FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 DTYPES = {"cpu": ("float32", "bfloat16", "float16", "float64"),
@@ -125,7 +129,7 @@ def _op_lines(told: list[dict[str, Any]]) -> list[str]:
     return [answer + " ".join(dtypes) + why for (answer, why), dtypes in shared.items()]
 
 
-def describe(source: str) -> dict[str, Any]:
+def describe(source: str) -> tuple["AnyConfig", dict[str, Any]]:
     """What a checkpoint is: family, configuration, parameters by dtype; weights are not read."""
     from ..pretrained import inspect
 
@@ -134,26 +138,33 @@ def describe(source: str) -> dict[str, Any]:
     for found in tensors.values():
         name = str(found.dtype).removeprefix("torch.")
         counts[name] = counts.get(name, 0) + math.prod(found.shape)
-    return {"model": source, "config": config.to_dict(), "tensors": len(tensors),
-            "stored": counts}  # fmt: skip
+    return config, {"model": source, "config": config.to_dict(), "tensors": len(tensors),
+                    "stored": counts}  # fmt: skip
 
 
-@click.command(cls=Command)
+def _said(config: "AnyConfig") -> dict[str, Any]:
+    """The fields of a configuration that are not as by default."""
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {field.name: value for field, value in values.items() if value != field.default}
+
+
+@click.command(cls=Command, short_help="Versions and the machine, or what a model is.")
 @click.argument("model", required=False, metavar="[MODEL]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def info(model: str | None, as_json: bool) -> None:
     """Versions, the machine, and which implementation each op uses; or what MODEL is.
 
-    MODEL is a checkpoint folder or a Hugging Face hub id.
+    MODEL is a checkpoint folder or a Hugging Face hub id; its weights are not read. Of its
+    configuration the fields that differ from the defaults are shown; --json has all.
     """
     if model is not None:
-        told = describe(model)
+        config, told = describe(model)
         if as_json:
             print_json(told)
             return
         stored = ", ".join(f"{count:,} {dtype}" for dtype, count in told["stored"].items())
         click.echo(f"{model}: {told['tensors']} tensors, {stored} values")
-        for name, value in told["config"].items():
+        for name, value in _said(config).items():
             click.echo(f"  {name:<26} {value}")
         return
     from tilewise_kernels import native

@@ -114,7 +114,8 @@ def score(
 @shared_options
 @click.option("--pooling", type=click.Choice(["mean", "cls", "last"]), default="mean",
               show_default=True, help="Which tokens' states make the vector.")  # fmt: skip
-@click.option("--normalize/--no-normalize", default=True, help="Vectors of length 1.")
+@click.option("--normalize/--no-normalize", default=True, show_default=True,
+              help="Vectors of length 1.")  # fmt: skip
 @truncate_option
 def embed(
     texts: tuple[str, ...],
@@ -148,7 +149,7 @@ def embed(
     print_answers(given, answer)
 
 
-@click.command(cls=Command, name="fill-mask")
+@click.command(cls=Command, name="fill-mask", short_help="The likeliest words behind masks.")
 @shared_options
 @click.option("--top-k", type=click.IntRange(1), default=5, show_default=True,
               help="Candidates for each mask.")  # fmt: skip

@@ -52,7 +52,10 @@ def translate(
     lines = read_texts(texts, file)
     opened = open_model(model, device, dtype)
     if not opened.config.is_seq2seq:
-        raise ArgumentError(f"{model} is no sequence-to-sequence model; use tilewise generate")
+        raise ArgumentError(
+            f"{model} is no sequence-to-sequence model; to continue texts with a decoder, use "
+            "tilewise generate"
+        )
     options["num_beams"] = num_beams or max(DEFAULT_BEAMS, n_best)
     options["num_return_sequences"] = n_best
     report(opened, lines, batch_size, options, as_json, scores=n_best > 1)
