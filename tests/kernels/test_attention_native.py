@@ -6,13 +6,15 @@ Shapes: q [B, Hq, Sq, D]; k [B, Hkv, Sk, D]; v [B, Hkv, Sk, Dv]. Blocks are of 6
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import attention_formula as formula
 import pytest
 import torch
 from torch import Tensor
 
-from tilewise_kernels import attention, attention_varlen, explain, force, native
+from tilewise_kernels import attention, attention_varlen, dropout, explain, force, native
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -51,33 +53,48 @@ def run(tensors: list[Tensor], way: str = "native", **options: Any) -> dict[str,
     return {"out": out, "lse": lse} | dict(zip(names, grads, strict=False))
 
 
-def agree(tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
-    """The native way against the reference in float32 of the same (rounded) tensors."""
-    found = run(tensors, **options)
-    exact = run([t.float() for t in tensors], "reference", **options)
-    tolerance = 2e-5 if dtype == F32 else 2e-2
-    for name, true in exact.items():
-        scale = true[true.isfinite()].abs().max().item() if true.isfinite().any() else 1.0
-        torch.testing.assert_close(
-            found[name].float(), true, rtol=0, atol=tolerance * max(scale, 1.0), msg=name
+def ours(**call: Any) -> tuple[Tensor, Tensor]:
+    result = attention(**call, return_lse=True)
+    assert isinstance(result, tuple)
+    return result
+
+
+@pytest.fixture
+def agree(assert_accurate: Callable[..., None]) -> Callable[..., None]:
+    """agree(tensors, dtype, **options): the native way of q, k, v (and bias) is accurate."""
+
+    def check(tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
+        named = dict(zip(("q", "k", "v", "bias"), tensors, strict=False))
+        grad = normal(*tensors[0].shape[:3], tensors[2].shape[3], seed=9).to(dtype)
+        torch.manual_seed(5)
+        seed = dropout.draw_seed(torch.device("cpu"))
+        torch.manual_seed(5)  # the draw of the call
+        with force("native", "attention"):
+            found = formula.run(ours, named, dtype, grad, **options)
+        exact, plain = (
+            formula.run(formula.eager, named, kind, grad, **options, seed=seed)
+            for kind in (torch.float64, dtype)
         )
+        assert_accurate(found, plain, exact)
+
+    return check
 
 
 @pytest.mark.parametrize("sk", [15, 16, 17, 511, 512, 513, 1030])
 @pytest.mark.parametrize("sq", [7, 63, 64, 65])
 @pytest.mark.parametrize("causal", [False, True])
-def test_borders_of_blocks_and_tiles(sq, sk, causal, dtype):
+def test_borders_of_blocks_and_tiles(sq, sk, causal, dtype, agree):
     agree(qkv(dtype, (1, 1), (sq, sk), B=1), dtype, causal=causal)
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (15, 17), (31, 33), (33, 7), (65, 130)], ids=str)
-def test_odd_widths(dims, dtype):
+def test_odd_widths(dims, dtype, agree):
     agree(qkv(dtype, (2, 1), (33, 47), *dims), dtype, causal=True)
 
 
 @pytest.mark.parametrize("heads", [(4, 1), (6, 2), (70, 1)], ids=str)
 @pytest.mark.parametrize("sq", [1, 5, 21, 64])
-def test_heads_of_short_queries_share_a_block(heads, sq, dtype):
+def test_heads_of_short_queries_share_a_block(heads, sq, dtype, agree):
     tensors = qkv(dtype, heads, (sq, 40))
     slopes = torch.rand(heads[0], generator=torch.Generator().manual_seed(1))
     agree(tensors, dtype, causal=True, alibi_slopes=slopes)
@@ -98,14 +115,14 @@ FEW: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("sq", [1, 2, 3, 4, 8])
-def test_few_queries_read_keys_where_they_lie(options, sq, dtype):
+def test_few_queries_read_keys_where_they_lie(options, sq, dtype, agree):
     agree(qkv(dtype, (4, 2), (sq, 1030), D=33, Dv=70), dtype, **options)
 
 
 @pytest.mark.parametrize("shape", [
     (2, 4, 3, 37), (1, 4, 3, 37), (2, 1, 3, 37), (3, 37), (3, 1), (2, 4, 1, 37), (1, 1, 1, 37),
 ], ids=str)  # fmt: skip
-def test_gradients_of_a_bias_under_few_queries(shape, dtype):
+def test_gradients_of_a_bias_under_few_queries(shape, dtype, agree):
     agree([*qkv(dtype, (4, 2), (3, 37)), normal(*shape, seed=4)], dtype, softcap=3.0)
 
 
@@ -139,7 +156,7 @@ def test_padding_of_few_queries_never_leaks(poison, dtype):
     {"window": (3, 2)}, {"window": (70, 0)}, {"window": (100, None), "causal": True},
     {"window": (0, 0), "key_lengths": torch.tensor([77, 600])},
 ], ids=str)  # fmt: skip
-def test_windows_that_begin_and_end_anywhere(options, dtype):
+def test_windows_that_begin_and_end_anywhere(options, dtype, agree):
     agree(qkv(dtype, (2, 2), (300, 600)), dtype, **options)
 
 
@@ -156,7 +173,7 @@ MASKS = {
 
 @pytest.mark.parametrize("form", MASKS)
 @pytest.mark.parametrize("kind", [torch.bool, F32, BF16, torch.float16], ids=str)
-def test_masks_of_every_stride_and_dtype(form, kind, dtype):
+def test_masks_of_every_stride_and_dtype(form, kind, dtype, agree):
     drawn = normal(2, 4, 70, 37, seed=6)
     mask = drawn > -1 if kind == torch.bool else drawn.masked_fill(drawn < -1, -math.inf).to(kind)
     agree(qkv(dtype, (4, 2), (70, 37)), dtype, mask=MASKS[form](mask))
@@ -166,13 +183,13 @@ def test_masks_of_every_stride_and_dtype(form, kind, dtype):
     (2, 4, 300, 37), (1, 4, 300, 37), (2, 1, 300, 37), (300, 37), (300, 1), (2, 4, 1, 37),
     (4, 1, 1), (2, 1, 1, 37), (1, 1, 1, 37), (1,),
 ], ids=str)  # fmt: skip
-def test_gradients_of_a_bias_of_every_shape(shape, dtype):
+def test_gradients_of_a_bias_of_every_shape(shape, dtype, agree):
     """300 queries of two heads are cut in parts, each with sums of its own."""
     agree([*qkv(dtype, (4, 2), (300, 37)), normal(*shape, seed=4)], dtype, softcap=3.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 4.0}], ids=str)
-def test_dropout_keeps_the_elements_that_the_reference_keeps(options, dtype):
+def test_dropout_keeps_the_elements_that_the_reference_keeps(options, dtype, agree):
     tensors = qkv(dtype, (4, 2), (150, 530), Dv=530, B=1)
     tensors[2] = torch.eye(530).to(dtype).expand(1, 2, 530, 530)
     found, exact = (run(tensors, way, dropout_p=0.3, **options) for way in ("native", "reference"))
