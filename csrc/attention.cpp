@@ -7,8 +7,8 @@
 //     S = q K^T, dP = g V^T;  P = softmax(score(S));  dS = P (dP - sum_j P dP)
 //     dq = dS K;  dK^T += q^T dS;  dV^T += g^T P
 //
-// Where a key head has few queries attention_few.h takes the call. Else a
-// task is one key head and a part of its queries. It packs the head's keys once; they, the scores
+// Where a key head has few queries attention_few.h takes the call, where it has up to a block
+// attention_short.h the backward of most. Else a task is one key head and a part of its queries. It packs the head's keys once; they, the scores
 // and all between the products stay in cache. Backward finds P from the scores' own peak and sum:
 // exp(score - lse) is as coarse as an lse of 1e4 in float32, and sum(P dP) is exact where one key
 // takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products
@@ -19,6 +19,7 @@
 
 #include "attention_block.h"
 #include "attention_few.h"
+#include "attention_short.h"
 
 namespace tilewise::CPU_CAPABILITY {
 namespace {
@@ -312,6 +313,7 @@ class Backward {
 
 template <typename T>
 void backward(const AttentionBackward& args) {
+  if (is_short<T>(args)) return backward_short<T>(args);
   if (are_few(args, kFewBackward<T>)) return backward_few<T>(args);
   const int64_t items = args.share_items ? 1 : args.num_items;
   const int64_t heads = args.share_heads ? 1 : args.heads;

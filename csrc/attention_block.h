@@ -253,6 +253,22 @@ class Queries {
     for (; i < kRows; ++i) std::memset(row(i), 0, width_ * sizeof(T));
   }
 
+  int64_t words() const { return words_; }
+
+  // The first `count` (a multiple of 16) rows as columns of words, [words][kRows].
+  void columns(int64_t count, float* to) {
+    for (int64_t r = 0; r < count; r += kTile) {
+      transpose(data_.data() + r * words_, words_, words_, to + r, kRows);
+    }
+  }
+
+  // The first `count` rows as words of numbers that follow each other down: [..][width].
+  void in_words(int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += kPerWord<T>) {
+      pair(row(i), row(i + kPerWord<T> - 1), width_, to + i / kPerWord<T> * width_);
+    }
+  }
+
   // to [width][kRows] = the transpose; to has room for widths filled up to 16.
   void transposed(float* staged, float* to) {
     constexpr int64_t words = kRows / kPerWord<T>;
