@@ -109,12 +109,13 @@ class Forward {
 
 template <typename T>
 void forward(const Attention& args) {
-  if (are_few(args, kFewForward<T>)) return forward_few<T>(args);
   int64_t longest = 0, blocks = 1;
   for (int64_t i = 0; i < args.num_items; ++i) {
     longest = std::max(longest, args.items[i].length);
     blocks = std::max(blocks, Blocks(args, args.items[i], 0).count());
   }
+  if (is_short<T>(args)) return forward_short<T>(args, longest);
+  if (are_few(args, kFewForward<T>)) return forward_few<T>(args);
   // Each part packs the keys again. Rows know nothing of each other, so parts may follow threads.
   const int64_t pairs = args.num_items * args.heads;
   const int64_t wanted = (2 * at::get_num_threads() + pairs - 1) / pairs;

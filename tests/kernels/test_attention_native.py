@@ -114,9 +114,21 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", FEW.values(), ids=FEW)
-@pytest.mark.parametrize("sq", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("sq", [1, 2, 3, 4, 8, 17, 32])
 def test_few_queries_read_keys_where_they_lie(options, sq, dtype, agree):
     agree(qkv(dtype, (4, 2), (sq, 1030), D=33, Dv=70), dtype, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.3}], ids=str)
+@pytest.mark.parametrize("sq", [40, 63])
+def test_a_block_of_queries_reads_keys_that_lie_anyhow(options, sq, dtype, agree):
+    """Keys that are one row, rows that are apart or overlap; more queries than keys."""
+    q, k, v = qkv(dtype, (2, 2), (sq, 130), D=32)
+    agree([q, k[:, :, :1].expand(k.shape), v.mT.contiguous().mT], dtype, **options)
+    flat = normal(4, 130 * 8 + 24, seed=7).to(dtype)
+    windows = flat.as_strided((2, 2, 130, 32), (2 * flat.shape[1], flat.shape[1], 8, 1))
+    agree([q, windows, v[:, :, ::2].repeat_interleave(2, 2)], dtype, **options)
+    agree([q, k[:, :, ::5], v[:, :, ::5]], dtype, **options)
 
 
 @pytest.mark.parametrize("shape", [
@@ -126,11 +138,10 @@ def test_gradients_of_a_bias_under_few_queries(shape, dtype, agree):
     agree([*qkv(dtype, (4, 2), (3, 37)), normal(*shape, seed=4)], dtype, softcap=3.0)
 
 
-def test_few_queries_give_the_same_bits_for_any_number_of_threads(dtype):
-    tensors, threads = (
-        [*qkv(dtype, (4, 2), (3, 700)), normal(3, 700, seed=4)],
-        torch.get_num_threads(),
-    )
+@pytest.mark.parametrize("sq", [3, 30])
+def test_few_queries_give_the_same_bits_for_any_number_of_threads(sq, dtype):
+    bias = [normal(3, 700, seed=4)] if sq == 3 else []
+    tensors, threads = [*qkv(dtype, (4, 2), (sq, 700)), *bias], torch.get_num_threads()
     found = []
     try:
         for number in (1, 2, 5):
@@ -142,9 +153,10 @@ def test_few_queries_give_the_same_bits_for_any_number_of_threads(dtype):
         assert all(torch.equal(first, each[name]) for each in found[1:]), name
 
 
+@pytest.mark.parametrize("sq", [3, 25])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_padding_of_few_queries_never_leaks(poison, dtype):
-    tensors, lengths = qkv(dtype, (4, 2), (3, 37)), torch.tensor([0, 20])
+def test_padding_of_few_queries_never_leaks(poison, sq, dtype):
+    tensors, lengths = qkv(dtype, (4, 2), (sq, 37)), torch.tensor([0, 20])
     spoilt = [tensors[0], *(t.clone() for t in tensors[1:])]
     for t in spoilt[1:]:
         t[0], t[1, :, 20:] = poison, poison
