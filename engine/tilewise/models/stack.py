@@ -6,6 +6,8 @@ Shapes: ids [R, S]; hidden [R, S, E].
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +105,29 @@ def token_embedding(config: ModelConfig, *, target: bool = False) -> nn.Embeddin
     return nn.Embedding(rows, config.embedding_size or config.hidden_size)
 
 
+_modes = Lock()
+_inside: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each part is in the mode it was in."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    """Eval mode inside the block; afterwards each part is in the mode it was in.
+
+    Threads can be inside together: the first one in sets the mode, the last one out restores it.
+    """
+    with _modes:
+        count, training = _inside.get(module, (0, []))
+        if not count:
+            training = [part for part in module.modules() if part.training]
+            module.eval()
+        _inside[module] = count + 1, training
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _modes:
+            count, training = _inside.pop(module)
+            if count > 1:
+                _inside[module] = count - 1, training
+            else:
+                for part in training:
+                    part.training = True
