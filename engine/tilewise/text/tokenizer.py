@@ -154,12 +154,12 @@ class Tokenizer:
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Two texts as one sequence, by the tokenizer's template: (ids, token_type_ids).
 
-        Raises TokenizerError for anything but pairs of strings.
+        Raises TokenizerError for anything but a list of pairs of strings.
         """
         check_pairs(pairs)
-        both = [(first, second) for first, second in pairs]
         with reporting(self._origin):
-            return [(e.ids, e.type_ids) for e in self._backend.encode_batch(both)]
+            found = self._backend.encode_batch([tuple(pair) for pair in pairs])
+            return [(e.ids, e.type_ids) for e in found]
 
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """One text per list of ids. Ids that no token has, such as those of padded embedding rows,
@@ -274,10 +274,13 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
+        raise TokenizerError(f"pairs must be a list of pairs, not {type(pairs).__name__}")
     for row, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TokenizerError(f"pairs[{row}] is {pair!r}; pass two texts")
-        check_texts(pair)
+            raise TokenizerError(f"pairs[{row}] is {pair!r}; pass two texts, (first, second)")
+    for texts in zip(*pairs, strict=True):
+        check_texts(texts)
 
 
 def check_ids(ids: Sequence[Sequence[int]]) -> None:
