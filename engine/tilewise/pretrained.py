@@ -122,7 +122,7 @@ class Model(nn.Module):
             raise ArgumentError("language is of a seq2seq model's target strings; leave it out")
         together = contexts is not None and not self.config.is_seq2seq
         if not (together and _are_strings(texts) and _are_strings(contexts)):
-            ids = self._ids("texts", texts, self.config.output_vocab_size)
+            ids = self._ids("texts", texts)
             given = None if contexts is None else self._ids("contexts", contexts)
             return scoring.score(self.network, ids, given, **options)
         if len(contexts) != len(texts):  # type: ignore[arg-type]
@@ -200,12 +200,9 @@ class Model(nn.Module):
             extra,
         )
 
-    def _ids(
-        self, name: str, inputs: Any, vocab_size: int | None = None, truncate: bool = False
-    ) -> list[list[int]]:
-        vocab_size = vocab_size or self.config.vocab_size
+    def _ids(self, name: str, inputs: Any, truncate: bool = False) -> list[list[int]]:
         longest = self.config.position_limit if truncate else None
-        return scoring.as_ids(name, inputs, self.tokenizer, vocab_size, longest)
+        return scoring.as_ids(name, inputs, self.tokenizer, longest)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -9,11 +9,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tilewise
 from tilewise.config import ModelConfig
-from tilewise.errors import ArgumentError
+from tilewise.errors import ArgumentError, GenerationError, TokenizerError
 from tilewise.models import build
+from tilewise.models.stack import evaluating
 from tilewise.pretrained import Model
-from tilewise.scoring import Score, choose, few_shot_prompt, perplexity, score
+from tilewise.scoring import Score, choose, embed, few_shot_prompt, perplexity, score
 from tilewise.scoring.batches import by_tokens
+from tilewise.scoring.score import scored
 from tilewise.text import train_tokenizer
 
 TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [5, 5, 5]]
@@ -94,6 +96,56 @@ def test_scores_of_a_seq2seq_model() -> None:
         score(network, TEXTS)
 
 
+def test_targets_are_scored_without_the_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = made(encoder_layers=1, decoder_start_token_id=2)
+    expected = score(network, TEXTS, TEXTS)
+    monkeypatch.setitem(scored.__globals__, "LOGITS", 60)  # two rows of the vocabulary
+    sizes: list[int] = []
+    network.decoder.lm_head.register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
+    found = score(network, TEXTS, TEXTS)
+    assert max(sizes) == 60 and [each.tokens for each in found] == TEXTS
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-6)
+
+
+def test_padding_tokens_inside_a_text_take_no_position() -> None:
+    network = made(position_count="tokens", pad_token_id=1, position_offset=2,
+                   positions="sinusoidal")  # fmt: skip
+    rows = [[5, 1, 6, 7], [1, 5, 6], [8, 9, 10, 11, 12, 13]]
+    for row, each in zip(rows, score(network, rows), strict=True):
+        assert each.log_probs == pytest.approx(by_hand(network, row, 1), abs=1e-5)
+
+
+def test_ids_of_a_tokenizer_past_the_vocabulary() -> None:
+    tokenizer = train_tokenizer(["abcdefghijkl"])
+    model = Model(made(vocab_size=8), tokenizer)
+    for call in (model.score, model.embed, lambda t: model.score(t, ["a"])):
+        with pytest.raises(ArgumentError, match=r"\[0\] holds the id 1\d; the vocabulary is 0..7"):
+            call(["ijkl"])
+
+
+def test_eval_mode_lasts_until_the_last_thread_is_out() -> None:
+    network = made(dropout=0.3).train()
+    network.layers[0].eval()
+    before = [part.training for part in network.modules()]
+    first, second = evaluating(network), evaluating(network)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(part.training for part in network.modules())
+    second.__exit__(None, None, None)
+    assert [part.training for part in network.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "pairs", ["ab", ["ab", "cd"], [("a",)], [("a", "b", "c")], [("a", "b"), ("c",)], 5, [("a", 5)]]
+)
+def test_bad_pairs(pairs) -> None:
+    network = made(decoder_layers=0, encoder_layers=1, pooler=True, next_sentence=True)
+    with pytest.raises(TokenizerError, match=r"pairs must be|pairs\[\d\] is|must be a string"):
+        Model(network, train_tokenizer(["abc"])).next_sentence(pairs)
+
+
 def test_loss_of_transformers_is_the_mean(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=30, n_embd=16, n_head=2, n_layer=2, n_positions=12,
@@ -170,6 +222,11 @@ def test_few_shot_prompts_and_choices() -> None:
     assert chosen.index == 1 and chosen.values == pytest.approx([0.0, 1.4])
     with pytest.raises(ArgumentError, match="normalise"):
         choose(scores, "P", answers, normalise="other")  # type: ignore[arg-type]
+    table["", "P"], table["odd", "P"] = [], [math.nan]
+    with pytest.raises(ArgumentError, match=r"answers\[1\], '', has no token to score"):
+        choose(scores, "P", ["4", ""])  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match=r"score of answers\[1\] is NaN"):
+        choose(scores, "P", ["4", "odd"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +237,17 @@ def test_few_shot_prompts_and_choices() -> None:
         (lambda m: m.score([[1, 2]], [[1], [2]]), "contexts has 2 rows and texts 1"),
         (lambda m: m.score([[1, 2]], batch_tokens=0), "batch_tokens is 0"),
         (lambda m: m.score([list(range(20))], stride=13), "stride is 13"),
+        (lambda m: m.score([[1, 2]], stride=2.5), "stride is 2.5"),
+        (lambda m: m.score([[1, 2]], stride=True), "stride is True"),
+        (lambda m: m.score([b"\1\2"]), r"texts\[0\] is bytes"),
+        (lambda m: score(m.network, [[1, -1]]), r"texts\[0\] holds the id -1"),
+        (lambda m: score(m.network, [[1, 2]], [[30]]), r"contexts\[0\] holds the id 30"),
+        (lambda m: embed(m.network, [[1, 30]]), r"rows\[0\] holds the id 30"),
+        (lambda m: embed(m.network, [[1.5]]), "holds 1.5"),
+        (lambda m: few_shot_prompt(5), "query is 5"),
+        (lambda m: few_shot_prompt("a", delimiter=None), "delimiter is None"),
+        (lambda m: few_shot_prompt("a", None), "examples is None"),
+        (lambda m: choose(m.score, "a", "bc"), "answers is str"),
         (lambda m: m.score(["text"]), "no tokenizer"),
         (lambda m: m.score([[1, 2]], language="ro_RO"), "language is of a seq2seq model's"),
         (lambda m: m.embed([[]]), r"rows\[0\] is empty"),

@@ -172,6 +172,8 @@ class RecurrentSeq2Seq(SourceToTarget):
         attention_mask: Tensor | None,
         ids: Tensor,
         output_attentions: bool,
+        *,
+        logits: bool = True,
     ) -> ModelOutput:
         if output_attentions and self.decoder.attention is None:
             raise ArgumentError("output_attentions is set; a model without attention has no maps")
@@ -180,7 +182,9 @@ class RecurrentSeq2Seq(SourceToTarget):
         real = real_positions(attention_mask, source)
         states = self.encoder(source, real)
         hidden, maps = self.decoder.run(ids, self.decoder.read(states, real))
-        out = ModelOutput(self.decoder.lm_head(hidden), hidden, encoder_last_hidden_state=states)
+        out = ModelOutput(last_hidden_state=hidden, encoder_last_hidden_state=states)
+        if logits:
+            out.logits = self.decoder.lm_head(hidden)
         if output_attentions and maps is not None:
             out.cross_attentions = (maps[:, None],)
         return out

@@ -28,8 +28,13 @@ class SourceToTarget(nn.Module):
         attention_mask: Tensor | None,
         ids: Tensor,
         output_attentions: bool,
+        *,
+        logits: bool = True,
     ) -> ModelOutput:
-        """All but the loss, of checked source ids [R, N] and target ids [R, S]."""
+        """All but the loss, of checked source ids [R, N] and target ids [R, S].
+
+        logits: False leaves them out, for who needs few of them at a time.
+        """
         raise NotImplementedError
 
     def shift_right(self, labels: Tensor) -> Tensor:
@@ -121,6 +126,8 @@ class Seq2Seq(SourceToTarget):
         attention_mask: Tensor | None,
         ids: Tensor,
         output_attentions: bool,
+        *,
+        logits: bool = True,
     ) -> ModelOutput:
         read, written = (Maps(), Maps()) if output_attentions else (None, None)
         memory, lengths, mask = self.encoder.encode(source, attention_mask, maps=read)
@@ -129,7 +136,7 @@ class Seq2Seq(SourceToTarget):
             x, memory=memory, memory_lengths=lengths, memory_mask=mask, maps=written
         )
         out = ModelOutput(last_hidden_state=hidden, encoder_last_hidden_state=memory)
-        if self.config.output_head:
+        if logits and self.config.output_head:
             out.logits = self.decoder.logits(hidden)
         if read is not None and written is not None:
             out.encoder_attentions = tuple(read.own)

@@ -40,7 +40,6 @@ def as_ids(
     name: str,
     inputs: Sequence[str] | Sequence[Sequence[int]],
     tokenizer: Tokenizer | None,
-    vocab_size: int,
     max_length: int | None = None,
 ) -> list[list[int]]:
     """Texts or lists of ids as lists of ids; ArgumentError naming what is neither.
@@ -54,8 +53,14 @@ def as_ids(
             raise ArgumentError(f"{name} are texts and the model has no tokenizer; pass token ids")
         return tokenizer.encode(inputs, max_length=max_length)  # type: ignore[arg-type]
     for i, row in enumerate(inputs):
-        if isinstance(row, str) or not isinstance(row, Sequence):
+        if isinstance(row, (str, bytes)) or not isinstance(row, Sequence):
             raise ArgumentError(f"{name}[{i}] is {type(row).__name__}; pass all texts or all ids")
+    return [list(row) for row in inputs]  # type: ignore[arg-type]
+
+
+def check_tokens(name: str, rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """ArgumentError unless all are ids of the vocabulary; a tokenizer's may be of another."""
+    for i, row in enumerate(rows):
         for token in row:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise ArgumentError(f"{name}[{i}] holds {token!r}; pass whole numbers")
@@ -63,11 +68,13 @@ def as_ids(
                 raise ArgumentError(
                     f"{name}[{i}] holds the id {token}; the vocabulary is 0..{vocab_size - 1}"
                 )
-    return [list(row) for row in inputs]  # type: ignore[arg-type]
 
 
-def check_length(name: str, rows: Sequence[Sequence[int]], config: AnyConfig) -> None:
-    """ArgumentError unless every row has a token and fits the model's positions."""
+def check_rows(
+    name: str, rows: Sequence[Sequence[int]], config: AnyConfig, vocab_size: int | None = None
+) -> None:
+    """ArgumentError unless every row has a token, fits the model's positions, and holds ids."""
+    check_tokens(name, rows, vocab_size or config.vocab_size)
     for i, row in enumerate(rows):
         if not row:
             raise ArgumentError(f"{name}[{i}] is empty; leave it out")

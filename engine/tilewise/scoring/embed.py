@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..models import AnySeq2Seq, Decoder, Encoder, RecurrentEncoder, evaluating
-from .batches import by_tokens, check_length, padded
+from .batches import by_tokens, check_rows, padded
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -36,7 +36,7 @@ def embed(
     stack = model.encoder if isinstance(model, AnySeq2Seq) else model
     if not isinstance(stack, (Encoder, Decoder, RecurrentEncoder)):
         raise ArgumentError(f"{type(model).__name__} has no hidden states to pool")
-    check_length("rows", rows, stack.config)
+    check_rows("rows", rows, stack.config)
     embedding = stack if isinstance(stack, RecurrentEncoder) else stack.embedding
     weight = embedding.tokens.weight
     vectors = weight.new_empty(len(rows), stack.output_size)

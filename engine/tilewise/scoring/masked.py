@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..models import Encoder, evaluating
-from .batches import by_tokens, check_length, padded
+from .batches import by_tokens, check_rows, padded
 
 
 @dataclass
@@ -41,7 +41,7 @@ def fill_mask(
     vocab = model.config.vocab_size
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab:
         raise ArgumentError(f"top_k is {top_k!r}; pass a whole number from 1 to {vocab}")
-    check_length("rows", rows, model.config)
+    check_rows("rows", rows, model.config)
     for i, row in enumerate(rows):
         if mask_token_id not in row:
             raise ArgumentError(f"rows[{i}] holds no mask, token {mask_token_id}; put one in")
@@ -72,7 +72,7 @@ def next_sentence(
     """
     if not isinstance(model, Encoder) or model.next_sentence is None:
         raise ArgumentError("the model has no next-sentence head; load a BertForPreTraining folder")
-    check_length("pairs", [ids for ids, _ in pairs], model.config)
+    check_rows("pairs", [ids for ids, _ in pairs], model.config)
     device, found = model.embedding.tokens.weight.device, []
     with evaluating(model):
         for ids, types in pairs:

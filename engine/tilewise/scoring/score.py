@@ -18,7 +18,7 @@ from tilewise_kernels import cross_entropy
 from ..errors import ArgumentError
 from ..models import AnySeq2Seq, Decoder, RecurrentDecoder, evaluating
 from ..models.inputs import check_output
-from .batches import by_tokens, check_length, padded
+from .batches import by_tokens, check_rows, check_tokens, padded
 
 LOGITS = 2**25  # elements that are held at a time
 
@@ -46,7 +46,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(-mean)."""
+        """exp(-mean), infinite past the largest float."""
         return _exp(-self.mean)
 
 
@@ -58,9 +58,9 @@ def perplexity(scores: Sequence[Score]) -> float:
     return _exp(-math.fsum(score.total for score in scores) / count)
 
 
-def _exp(x: float) -> float:
+def _exp(value: float) -> float:
     try:
-        return math.exp(x)
+        return math.exp(value)
     except OverflowError:
         return math.inf
 
@@ -118,6 +118,10 @@ def _score_continuations(
     stride: int | None,
     greedy: bool,
 ) -> list[Score]:
+    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int)):
+        raise ArgumentError(f"stride is {stride!r}; pass a whole number of tokens")
+    check_tokens("contexts", contexts, model.config.vocab_size)
+    check_tokens("texts", texts, model.config.vocab_size)
     parts = []
     for i, (context, text) in enumerate(zip(contexts, texts, strict=True)):
         parts += _windows(model, i, [*context, *text], max(len(context), 1), stride)
@@ -125,8 +129,8 @@ def _score_continuations(
     found = [Score([], []) for _ in parts]
     for batch in by_tokens([len(part.ids) - 1 for part in parts], batch_tokens):
         ids, lengths = padded([parts[i].ids[:-1] for i in batch], device)
-        positions = torch.arange(ids.shape[1], device=device)
-        hidden = model.run(model.embedding(ids, positions), key_lengths=lengths)
+        x = model.embedding(ids, model.embedding.counted(ids, None))
+        hidden = model.run(x, key_lengths=lengths)
         for row, i in enumerate(batch):
             first, end = parts[i].first, len(parts[i].ids)
             targets = parts[i].ids[first:]
@@ -167,8 +171,8 @@ def _score_targets(
     wrap: bool,
     greedy: bool,
 ) -> list[Score]:
-    check_length("contexts", sources, model.config)
-    check_length("texts", texts, model.config)
+    check_rows("contexts", sources, model.config)
+    check_rows("texts", texts, model.config, model.config.output_vocab_size)
     start = model.config.decoder_start_token_id
     if start is None and not wrap:
         raise ArgumentError("decoder_start_token_id is not set in the model; scoring needs it")
@@ -180,9 +184,10 @@ def _score_targets(
         source, source_lengths = padded([sources[i] for i in batch], device)
         target, lengths = padded([[starts[i], *texts[i]] for i in batch], device)
         real = torch.arange(source.shape[1], device=device) < source_lengths[:, None]
-        out = model(source, real.long(), decoder_input_ids=target[:, :-1])
+        out = model.run(source, real.long(), target[:, :-1], False, logits=False)
+        states: Tensor = out.last_hidden_state  # type: ignore[assignment]
         for row, i in enumerate(batch):
-            hidden = out.last_hidden_state[row, : int(lengths[row]) - 1]
+            hidden = states[row, : int(lengths[row]) - 1]
             scores[i] = scored(model.decoder, hidden, texts[i], greedy)
     return scores
 
