@@ -352,6 +352,45 @@ def test_a_kill_between_moves_never_leaves_a_mixture(tmp_path: Path, number: int
         assert any(p.exists() and p.read_bytes() == content for p in places)
 
 
+@pytest.mark.parametrize("number", range(1, 10))
+def test_a_save_over_shards_never_leaves_a_mixture(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "m"
+    write_folder(folder, {"age": "old"}, {"a": torch.zeros(3)})
+    (folder / WEIGHTS).rename(folder / "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "part.safetensors"}}')
+    before, states = snapshot(folder), []
+    replace = FailsOnce(os.replace, number)
+
+    def watched(source: Path, destination: Path) -> None:
+        replace(source, destination)
+        states.append((read_age(folder), read_sum(folder)))
+
+    monkeypatch.setattr(os, "replace", watched)
+    if number == 9:  # out: the index and 2 files; in: 4; back: the index
+        save_new(folder)
+    else:
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_new(folder)
+    assert {state for state in states if None not in state} <= {("old", 0.0), ("new", 3.0)}
+    kept = {name: before[name] for name in (index.name, "part.safetensors")}
+    assert snapshot(folder) == before or number == 9
+    assert kept.items() <= snapshot(folder).items()
+
+
+def read_age(folder: Path) -> str | None:
+    return read_config(folder)["age"] if (folder / "config.json").exists() else None
+
+
+def read_sum(folder: Path) -> float | None:
+    try:
+        return float(open_weights(folder).read("a").sum())
+    except CheckpointError:
+        return None
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     folder = old_folder(tmp_path)
     before = snapshot(folder)
@@ -367,7 +406,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_targets_that_are_no_path() -> None:
-    for target in (None, 5, "a\0b"):
+    for target in (None, 5, "a\0b", ""):
         with pytest.raises(CheckpointError, match="names no folder"):
             save_new(target)  # type: ignore[arg-type]
 

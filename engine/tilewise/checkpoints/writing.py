@@ -22,7 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tilewise.checkpoints.manifest import MANIFEST, digests
-from tilewise.checkpoints.reading import CONFIG, DTYPES, WEIGHTS, check_name, shown
+from tilewise.checkpoints.reading import (
+    CONFIG,
+    CONSOLIDATED,
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    check_name,
+    shown,
+)
 from tilewise.errors import CheckpointError
 from tilewise.folders import is_plain_name
 
@@ -43,7 +51,9 @@ def write_folder(
     behind and the folder's previous content unchanged.
     """
     try:
-        root = Path(os.path.realpath(os.fsdecode(folder)))
+        if not (named := os.fsdecode(folder)):
+            raise ValueError("it is empty")  # and realpath would make it the working directory
+        root = Path(os.path.realpath(named))
     except (TypeError, ValueError) as error:  # no path at all, or one with a NUL
         raise CheckpointError(f"{folder!r} names no folder: {error}") from error
     stored = storable(tensors)
@@ -132,7 +142,10 @@ def replace_files(staging: Path, root: Path) -> None:
     names = sorted(os.listdir(staging), key=lambda name: (name == WEIGHTS, name))
     previous = hidden_folder(root, "previous")
     aside = [(root / n, previous / n) for n in reversed(names) if os.path.lexists(root / n)]
-    moves = aside + [(staging / n, root / n) for n in names]
+    # Meanwhile older weights under another name would load with the new config.json.
+    hidden = [(root / n, previous / n) for n in (INDEX, CONSOLIDATED) if os.path.lexists(root / n)]
+    back = [(there, here) for here, there in hidden]
+    moves = hidden + aside + [(staging / n, root / n) for n in names] + back
     try:
         for source, destination in moves:
             os.replace(source, destination)
