@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .config import ModelConfig
 from .errors import ArgumentError, TokenizerError
+from .models import AnySeq2Seq, Decoder
 from .pretrained import Model
 
 try:
@@ -50,16 +51,21 @@ class HarnessModel(LM):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, Model):
+            raise ArgumentError(f"model is {type(model).__name__}; pass what tilewise.load gives")
+        if not isinstance(model.network, Decoder | AnySeq2Seq):
+            raise ArgumentError(f"a {model.config.model_type} has no next token, as the tasks need")
         if model.tokenizer is None:
             raise TokenizerError("the harness asks in texts, and the model has no tokenizer")
         config = model.config
         made_for = config.max_positions if isinstance(config, ModelConfig) else 2**31 - 1
         longest = config.position_limit or 2**31 - 1
         self.max_length = made_for if max_length is None else max_length
-        if not 1 <= self.max_length <= longest:
-            raise ArgumentError(f"max_length is {max_length}; the model takes 1 to {longest}")
-        if batch_size < 1:
-            raise ArgumentError(f"batch_size is {batch_size}; pass a whole number from 1")
+        if not _is_whole(self.max_length) or not 1 <= self.max_length <= longest:
+            raise ArgumentError(f"max_length is {max_length!r}; the model takes 1 to {longest}")
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if not _is_whole(value) or value < 1:
+                raise ArgumentError(f"{name} is {value!r}; pass a whole number from 1")
         self._model, self._tokenizer = model, model.tokenizer
         self._batch_tokens, self._batch_size = batch_tokens, batch_size
 
@@ -93,6 +99,8 @@ class HarnessModel(LM):
         """
         prompts = [request.args[0] for request in requests]
         options = [request.args[1] for request in requests]
+        for given in options:
+            _check_options(given)
         order = sorted(range(len(prompts)), key=lambda i: (repr(options[i]), -len(prompts[i])))
         batches: list[list[int]] = []
         for i in order:
@@ -186,6 +194,23 @@ def _spaces_moved(context: str, text: str) -> tuple[str, str]:
     """Spaces that end a context belong to the text, whose first token they are part of."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + text
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_options(given: object) -> None:
+    if not isinstance(given, dict):
+        raise ArgumentError(f"options of generate_until are {given!r}; pass a dict")
+    for name in ("max_gen_toks", "max_new_tokens"):
+        new = given.get(name, NEW_TOKENS)
+        if not _is_whole(new) or new < 1:
+            raise ArgumentError(f"{name} is {new!r}; pass a whole number from 1")
+    until = given.get("until") or []
+    texts = [until] if isinstance(until, str) else until
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(f"until is {until!r}; pass a text or a list of texts")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

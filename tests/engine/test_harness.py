@@ -246,8 +246,22 @@ def test_bad_input(harness: types.ModuleType) -> None:
         made_of(Model(model.network))
     with pytest.raises(ArgumentError, match="max_length is 13; the model takes 1 to 12"):
         made_of(model, max_length=13)
-    with pytest.raises(ArgumentError, match="batch_size is 0"):
-        made_of(model, batch_size=0)
+    with pytest.raises(ArgumentError, match="model is Decoder; pass what tilewise.load gives"):
+        made_of(model.network)
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_heads": 2, "ffn_size": 8, "max_positions": 4}
+    config = ModelConfig(model_type="tilewise-transformer", encoder_layers=1, **sizes)
+    with pytest.raises(ArgumentError, match="no next token"):
+        made_of(Model(build(config), model.tokenizer))
+    for name in ("batch_size", "batch_tokens", "max_length"):
+        for value in (0, True, 2.5, "8"):
+            with pytest.raises(ArgumentError, match=f"{name} is {value!r}"):
+                made_of(model, **{name: value})
+    for wrong in ({"max_gen_toks": "2"}, {"max_gen_toks": None}, {"max_new_tokens": 1.5},
+                  {"until": 5}, {"until": [5]}):  # fmt: skip
+        with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))} is"):
+            made_of(model).generate_until([asked("a", {"max_gen_toks": 2} | wrong)])
+    with pytest.raises(ArgumentError, match="pass a dict"):
+        made_of(model).generate_until([asked("a", None)])
     for given in ({"do_sample": True}, {"temperature": 0.7}):
         with pytest.raises(ArgumentError, match="sampling"):
             made_of(model).generate_until([asked("a", given | {"max_gen_toks": 2})])
