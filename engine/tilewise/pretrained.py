@@ -342,6 +342,8 @@ _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 def _folder(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"source is {type(source).__name__}; pass a folder or a hub id")
+    if not os.fspath(source):  # an unset variable of a script, not the working directory
+        raise ArgumentError("source is empty; pass a folder or a hub id")
     path = Path(source)
     if source == "dates":  # a folder of that name is "./dates"
         return Path(__file__).parent / "assets" / "dates"
@@ -379,7 +381,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # all of them torch's
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:  # torch's
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"device is {device!r}, which this machine lacks: {reason}") from error
     if place.type == "meta":

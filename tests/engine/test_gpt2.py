@@ -254,7 +254,7 @@ def test_folders_that_are_none(tmp_path: Path, small: Path) -> None:
 
 
 def test_device_and_dtype_that_do_not_exist(small: Path) -> None:
-    for device in ("cuda:99", "abacus", 3.5, 10**30, "meta"):
+    for device in ("cuda:99", "abacus", 3.5, 10**30, "meta", "privateuseone"):
         with pytest.raises(ArgumentError, match=f"device is .*{device}"):
             tilewise.load(small, device=device)
     for dtype in ("int8", torch.int64, "Tensor", None, 32):

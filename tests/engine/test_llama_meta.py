@@ -99,6 +99,8 @@ def test_logits_are_metas(tmp_path: Path) -> None:
 
 def test_saved_again_it_has_transformers_form(tmp_path: Path) -> None:
     model = tilewise.load(folder_of(tmp_path, weights()))
+    config, tensors = inspect(tmp_path)
+    assert config == model.config and tensors["output.weight"].shape == (61, 24)
     model.save(tmp_path / "again")
     again = tilewise.load(tmp_path / "again")
     assert again.config == model.config
