@@ -11,6 +11,7 @@ import tokenizers
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM
 
 import tilewise
 from tilewise.cli import main
@@ -105,7 +106,8 @@ def test_fill_mask(masked: Path) -> None:
             assert told["id"] == expected.token
             assert told["probability"] == pytest.approx(math.exp(expected.log_prob), rel=1e-4)
             assert model.tokenizer is not None
-            assert [told["token"]] == model.tokenizer.decode([[expected.token]])
+            named = model.tokenizer.decode([[expected.token]], skip_special_tokens=False)
+            assert [told["token"]] == named
 
 
 def test_fill_mask_without_masks(masked: Path, decoder: Path) -> None:
@@ -150,6 +152,28 @@ def test_windows_over_a_long_text(decoder: Path) -> None:
     expected = tilewise.load(decoder).score([text], stride=1)[0]
     assert near["log_prob"] == pytest.approx(expected.total, abs=1e-4)
     assert abs(near["log_prob"] - far["log_prob"]) > 1e-4
+
+
+def test_special_tokens_behind_masks_are_named(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=7, **sizes, intermediate_size=20, max_position_embeddings=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    done = run("fill-mask", "--model", str(tmp_path), "--top-k", "7", "a [MASK] b")
+    (mask,) = lines_of(done)[0]["masks"]
+    assert {each["token"] for each in mask} == set(words)
+
+
+@pytest.mark.parametrize("command", [("score", "half", "--model"), ("info",), ("convert",)])
+def test_an_empty_folder_name_is_not_the_working_directory(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(decoder)
+    more = ("new",) if command == ("convert",) else ()
+    done = run(*command, "", *more)
+    assert done.exit_code == 1 and "source is empty" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -184,7 +184,8 @@ def fill_mask(
         assert opened.tokenizer is not None  # texts went in
         for record, masks in zip(batch, found, strict=True):
             words = [
-                opened.tokenizer.decode([[filling.token] for filling in mask]) for mask in masks
+                opened.tokenizer.decode([[each.token] for each in mask], skip_special_tokens=False)
+                for mask in masks
             ]
             filled = [
                 [
