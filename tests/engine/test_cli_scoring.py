@@ -176,6 +176,21 @@ def test_an_empty_folder_name_is_not_the_working_directory(
     assert done.exit_code == 1 and "source is empty" in done.stderr
 
 
+def test_a_seq2seq_model_needs_sources(tmp_path: Path) -> None:
+    model = made(tmp_path / "m", encoder_layers=1, decoder_layers=1, decoder_start_token_id=1)
+    done = run("score", "--model", str(model), "half")
+    assert done.exit_code == 1 and "'half' has no context" in done.stderr
+    expected = tilewise.load(model).score(["half"], [""])[0].total
+    found = lines_of(run("score", "--model", str(model), "--context", "", "half"))
+    assert found[0]["log_prob"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_errors_say_how_many_texts_went_before(bert: Path) -> None:
+    done = run("embed", "--model", str(bert), stdin="a\n" * 520 + "a " * 9)
+    assert done.exit_code == 1 and len(done.stdout.splitlines()) == 512
+    assert "error: after 512 texts: rows[8] is 11 tokens long" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert(decoder: Path, tmp_path: Path, dtype: str) -> None:
     done = run("convert", str(decoder), str(tmp_path / "new"), "--dtype", dtype)

@@ -56,8 +56,15 @@ def print_answers(
 def _answers(
     records: Iterator[Record], answer: Callable[[list[Record]], Iterable[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
+    from ..errors import TilewiseError
+
+    done = 0
     while batch := list(islice(records, TOGETHER)):
-        yield from answer(batch)
+        try:
+            yield from answer(batch)
+        except TilewiseError as error:
+            raise type(error)(f"after {done} texts: {error}" if done else str(error)) from error
+        done += len(batch)
 
 
 @click.command(cls=Command)
@@ -83,6 +90,7 @@ def score(
     stderr. JSON lines may carry a "context" of their own. Without TEXTS or --file, standard input
     is read.
     """
+    from ..errors import ArgumentError
     from ..scoring import Score, perplexity
 
     given = read_records(texts, file, ("text", "context"))
@@ -90,10 +98,17 @@ def score(
     every: list[Score] = []
 
     def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
-        contexts = [record.get("context", context or "") for record in batch]
+        contexts = [record.get("context", context) for record in batch]
+        if opened.config.is_seq2seq and None in contexts:
+            raise ArgumentError(
+                f"{batch[contexts.index(None)]['text'][:50]!r} has no context, whose translation "
+                'it could be: give --context, or a "context" in each JSON line'
+            )
         found = opened.score(
             [record["text"] for record in batch],
-            contexts if any(contexts) or opened.config.is_seq2seq else None,
+            [each or "" for each in contexts]
+            if any(contexts) or opened.config.is_seq2seq
+            else None,
             batch_tokens=batch_tokens,
             stride=stride,
         )
