@@ -14,13 +14,13 @@ than that of separate layers. Work for M rows: 2MKN FLOPs for linear_act, 2MF(K 
 feed_forward (one more MFK with a gate), and twice that backward, besides the activation. Bytes:
 each operand and result once.
 
-Ways. native: oneDNN or MKL with the bias inside, then one pass of csrc/activation.cpp. torch: the
-same with torch's own elementwise kernels. triton: one kernel that adds bias and activation to the
-tile it still holds; a gate or dropout takes an elementwise kernel after cuBLAS's products, as
-backward does. The epilogue saves two moves of [M, N], or one when h is kept; beside a product of
-2MNK FLOPs that is worth moves * s * RIDGE / 2K of the product's time, s bytes an element. No GPU
-has measured it yet, so triton is chosen only where that exceeds what its product is assumed to
-lose; what it fuses beyond the epilogue loses nothing.
+Ways. native: oneDNN or MKL with the bias inside (few_rows.py where x has few rows), then one pass
+of csrc/activation.cpp. torch: the same with torch's own kernels. triton: one kernel that adds bias
+and activation to the tile it still holds; a gate or dropout takes an elementwise kernel after
+cuBLAS's products, as backward does. The epilogue saves two moves of [M, N], or one when h is kept;
+beside a product of 2MNK FLOPs that is worth moves * s * RIDGE / 2K of the product's time, s bytes
+an element. No GPU has measured it yet, so triton is chosen only where that exceeds what its product
+is assumed to lose; what it fuses beyond the epilogue loses nothing.
 
 Shapes: x [..., K], seen as [M, K]; weight [N, K]; w1, gate [F, K]; w2 [N, F]; h and y [..., N]
 (h and g [..., F] in feed_forward).
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, lazy_triton, linear_act_triton, native
+from . import activations, few_rows, lazy_triton, linear_act_triton, native
 from .activations import ACTIVATIONS, Drop, Middle, Wanted
 from .checks import fail, has_shape, is_float_tensor, is_probability, matches
 from .dropout import draw_seed
@@ -49,6 +49,7 @@ FEW_ROWS = 512  # below this a product is bound by the weight, not by its epilog
 
 Outputs = tuple[Tensor, Tensor]  # y and what is kept of h (empty when nothing is)
 Gradients = tuple[Tensor | None, ...]
+Multiply = Callable[..., Tensor]  # as F.linear
 NO_DROPOUT = Drop(None, 0.0)
 
 
@@ -79,13 +80,13 @@ def _keeps(activation: str, training: bool) -> bool:
     return training and ACTIVATIONS[activation].keeps_h
 
 
-def _linear(middle: Middle) -> Callable[..., Outputs]:
+def _linear(middle: Middle, multiply: Multiply = F.linear) -> Callable[..., Outputs]:
     """linear_act's forward: a product and what comes after it."""
 
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, training: bool
     ) -> Outputs:
-        h = F.linear(x, weight, bias)
+        h = multiply(x, weight, bias)
         if activation == "identity":
             return h, x.new_empty(0)
         keeps = _keeps(activation, training)
@@ -204,7 +205,7 @@ LINEAR_ACT = Op(
         ),
         Implementation(
             "native",
-            _linear(activations.NATIVE),
+            _linear(activations.NATIVE, few_rows.multiply),
             _linear_backward(activations.NATIVE),
             devices=("cpu",),
             missing=native.missing,
@@ -232,7 +233,9 @@ def _keeps_a(gate: Tensor | None, seed: Tensor | None, activation: str) -> bool:
     return gate is None and seed is None and not ACTIVATIONS[activation].keeps_h
 
 
-def _block(middle: Middle) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _block(
+    middle: Middle, multiply: Multiply = F.linear
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """feed_forward's forward: products and what stands between them."""
 
     def forward(
@@ -247,8 +250,8 @@ def _block(middle: Middle) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         dropout_p: float,
         training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = F.linear(x, w1, b1)
-        g = x.new_empty(0) if gate is None else F.linear(x, gate)
+        h = multiply(x, w1, b1)
+        g = x.new_empty(0) if gate is None else multiply(x, gate)
         keeps_a = _keeps_a(gate, seed, activation)
         a = middle.forward(
             as_rows(h),
@@ -257,7 +260,7 @@ def _block(middle: Middle) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             activation,
             keeps_a or not training,
         )
-        y = _like_rows(F.linear(a, w2, b2), x)
+        y = _like_rows(multiply(a, w2, b2), x)
         if not training:
             return y, x.new_empty(0), x.new_empty(0)
         return y, _like_rows(a, x) if keeps_a else h, g
@@ -439,7 +442,7 @@ FEED_FORWARD = Op(
         ),
         Implementation(
             "native",
-            _block(activations.NATIVE),
+            _block(activations.NATIVE, few_rows.multiply),
             _block_backward(activations.NATIVE),
             devices=("cpu",),
             missing=native.missing,

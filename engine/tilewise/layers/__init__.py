@@ -2,6 +2,7 @@
 
 from .attention import LayerCache, Memory, MultiHeadAttention
 from .feed_forward import FeedForward
+from .linear import Linear
 from .norm import LayerNorm, RMSNorm, norm_of
 from .positions import Embedding, PositionTerms, StackPositions, alibi_slopes, sinusoids
 from .recurrent import AdditiveAttention, GatedRecurrent
@@ -14,6 +15,7 @@ __all__ = [
     "GatedRecurrent",
     "LayerCache",
     "LayerNorm",
+    "Linear",
     "Memory",
     "MultiHeadAttention",
     "PositionTerms",

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tilewise_kernels import attention, decode_attention, rotary
 from tilewise_kernels.checks import fail, is_float_tensor, matches, shape_of
 from tilewise_kernels.errors import ArgumentError
 from tilewise_kernels.op import autocast_dtype
 
+from .linear import Linear, project
 from .positions import PositionTerms
 
 NO_TERMS = PositionTerms()
@@ -104,7 +104,7 @@ class MultiHeadAttention(nn.Module):
         packed = (num_heads + 2 * kv_heads) * self.head_size
         self.in_proj_weight = nn.Parameter(torch.empty(packed, size))
         self.in_proj_bias = nn.Parameter(torch.zeros(packed)) if bias and qkv_bias else None
-        self.out_proj = nn.Linear(num_heads * self.head_size, size, bias=bias)
+        self.out_proj = Linear(num_heads * self.head_size, size, bias=bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(
@@ -197,7 +197,7 @@ class MultiHeadAttention(nn.Module):
             matches("MultiHeadAttention", "x or memory", x, "in_proj_weight", self.in_proj_weight)
         rows = slice(first_head * self.head_size, (first_head + heads) * self.head_size)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        projected = F.linear(x, self.in_proj_weight[rows], bias)
+        projected = project(x, self.in_proj_weight[rows], bias)
         return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _merge(self, out: Tensor) -> Tensor:

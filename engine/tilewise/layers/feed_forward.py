@@ -4,11 +4,11 @@ Shapes: x [..., E]; hidden [..., F].
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tilewise_kernels import feed_forward, linear_act
 
 from ..config import Activation
+from .linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -29,9 +29,9 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(size, ffn_size, bias=bias)
-        self.linear2 = nn.Linear(ffn_size, size, bias=bias)
-        self.gate = nn.Linear(size, ffn_size, bias=bias) if gated else None
+        self.linear1 = Linear(size, ffn_size, bias=bias)
+        self.linear2 = Linear(ffn_size, size, bias=bias)
+        self.gate = Linear(size, ffn_size, bias=bias) if gated else None
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def run_feed_forward(
     """FeedForward of modules that stand in another: [..., E] to [..., E]."""
     if gate is not None and gate.bias is not None:  # the op's gate has no bias
         inner = linear_act(x, linear1.weight, linear1.bias, activation=activation)
-        return linear2(inner * F.linear(x, gate.weight, gate.bias))
+        return linear2(inner * gate(x))
     return feed_forward(
         x,
         linear1.weight,

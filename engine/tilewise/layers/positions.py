@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ModelConfig
+from .linear import Linear
 from .norm import norm_of
 
 # -- added to embeddings ---------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class Embedding(nn.Module):
         self.scale = math.sqrt(size) if config.scale_embedding else 1.0
         self.project: nn.Linear | None = None
         if config.embedding_size is not None and config.embedding_size != size:
-            self.project = nn.Linear(config.embedding_size, size, bias=False)
+            self.project = Linear(config.embedding_size, size, bias=False)
         self.positions: nn.Embedding | None = None
         self.table: Tensor | None
         self.register_buffer("table", None)

@@ -6,9 +6,10 @@ Shapes: x [R, N, I]; states [R, N, H] of each direction; queries [M, Q, E], keys
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tilewise_kernels import softmax
+
+from .linear import Linear, project
 
 
 class GatedRecurrent(nn.Module):
@@ -62,7 +63,7 @@ class GatedRecurrent(nn.Module):
 
     def _product(self, x: Tensor, suffix: str) -> Tensor:
         weight, bias = (getattr(self, f"{kind}_ih_l0{suffix}") for kind in ("weight", "bias"))
-        return F.linear(x, weight, bias)
+        return project(x, weight, bias)
 
     def _read(self, x: Tensor, real: Tensor | None, suffix: str) -> Tensor:
         products = self._product(x, suffix).unbind(1)
@@ -80,11 +81,11 @@ class GatedRecurrent(nn.Module):
         weight, bias = (getattr(self, f"{kind}_hh_l0{suffix}") for kind in ("weight", "bias"))
         gates = 2 * self.hidden_size
         if self.reset == "before":
-            turned = F.linear(h, weight[:gates], bias[:gates])
+            turned = project(h, weight[:gates], bias[:gates])
             r, z = (product[:, :gates] + turned).sigmoid().chunk(2, -1)
-            n = (product[:, gates:] + F.linear(r * h, weight[gates:], bias[gates:])).tanh()
+            n = (product[:, gates:] + project(r * h, weight[gates:], bias[gates:])).tanh()
         else:
-            turned = F.linear(h, weight, bias)
+            turned = project(h, weight, bias)
             r, z = (product[:, :gates] + turned[:, :gates]).sigmoid().chunk(2, -1)
             n = (product[:, gates:] + r * turned[:, gates:]).tanh()
         return z * h + (1 - z) * n
@@ -98,9 +99,9 @@ class AdditiveAttention(nn.Module):
 
     def __init__(self, query_size: int, source_size: int, size: int) -> None:
         super().__init__()
-        self.query = nn.Linear(query_size, size, bias=False)
-        self.key = nn.Linear(source_size, size, bias=False)
-        self.score = nn.Linear(size, 1, bias=False)
+        self.query = Linear(query_size, size, bias=False)
+        self.key = Linear(source_size, size, bias=False)
+        self.score = Linear(size, 1, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

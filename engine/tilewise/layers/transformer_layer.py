@@ -12,6 +12,7 @@ from tilewise_kernels.errors import ArgumentError
 from ..config import ModelConfig
 from .attention import NO_TERMS, LayerCache, Memory, MultiHeadAttention
 from .feed_forward import run_feed_forward
+from .linear import Linear
 from .norm import LayerNorm, RMSNorm, norm_of
 from .positions import PositionTerms
 
@@ -57,9 +58,9 @@ class TransformerLayer(nn.Module):
         if cross_attention:
             self.multihead_attn = MultiHeadAttention(*heads, **attention)
             self.norm3 = norm_of(config)
-        self.linear1 = nn.Linear(size, config.ffn_size, bias=bias)
-        self.linear2 = nn.Linear(config.ffn_size, size, bias=bias)
-        self.gate = nn.Linear(size, config.ffn_size, bias=bias) if config.gated else None
+        self.linear1 = Linear(size, config.ffn_size, bias=bias)
+        self.linear2 = Linear(config.ffn_size, size, bias=bias)
+        self.gate = Linear(size, config.ffn_size, bias=bias) if config.gated else None
         self.norm2 = norm_of(config)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import ConfigError
+from ..layers import Linear
 from .heads import MaskedHead, ModelOutput, initialise, token_loss
 from .inputs import check_ids, check_labels, check_types, padding, refuse
 from .stack import Maps, Stack, token_embedding
@@ -22,8 +23,8 @@ class Encoder(Stack):
         super().__init__(config.of_encoder, tokens, layers=config.encoder_layers, causal=False)
         size = config.hidden_size
         self.masked_head = None if config.masked_head is None else MaskedHead(config, tokens)
-        self.pooler = nn.Linear(size, size) if config.pooler else None
-        self.next_sentence = nn.Linear(size, 2) if config.next_sentence else None
+        self.pooler = Linear(size, size) if config.pooler else None
+        self.next_sentence = Linear(size, 2) if config.next_sentence else None
         if own:
             initialise(self, 0.02)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tilewise_kernels import cross_entropy, linear_act
 
 from ..config import ModelConfig
-from ..layers import norm_of
+from ..layers import Linear, norm_of
 
 IGNORED_LABEL = -100
 
@@ -37,7 +37,7 @@ class ModelOutput:
     encoder_attentions: tuple[Tensor, ...] | None = None
 
 
-class OutputProjection(nn.Linear):
+class OutputProjection(Linear):
     """The map to the vocabulary; one matrix with the embeddings when they are tied.
 
     It takes the embeddings' own size, where they have one.
@@ -65,7 +65,7 @@ class MaskedHead(nn.Module):
         size = config.embedding_size or config.hidden_size
         assert config.masked_head is not None
         self.activation = config.masked_head
-        self.linear = nn.Linear(config.hidden_size, size, bias=config.masked_head_bias)
+        self.linear = Linear(config.hidden_size, size, bias=config.masked_head_bias)
         self.norm = norm_of(config, size)
         self.output = OutputProjection(config, tokens)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import RecurrentConfig
 from ..errors import ArgumentError
-from ..layers import AdditiveAttention, GatedRecurrent
+from ..layers import AdditiveAttention, GatedRecurrent, Linear
 from .heads import ModelOutput
 from .inputs import real_positions
 from .seq2seq import SourceToTarget
@@ -78,12 +78,12 @@ class RecurrentDecoder(nn.Module):
             size = config.attention_size or hidden
             self.attention = AdditiveAttention(hidden, context, size)
         else:
-            self.summary = nn.Linear(config.source_size, hidden)
-        self.start = nn.Linear(hidden, hidden)
+            self.summary = Linear(config.source_size, hidden)
+        self.start = Linear(hidden, hidden)
         self.unit = GatedRecurrent(config.embedding_size + context, hidden, reset=config.reset)
         inner = hidden + config.embedding_size + context
-        self.readout = nn.Linear(inner, 2 * config.readout_size)
-        self.lm_head = nn.Linear(config.readout_size, config.output_vocab_size)
+        self.readout = Linear(inner, 2 * config.readout_size)
+        self.lm_head = Linear(config.readout_size, config.output_vocab_size)
 
     def read(self, states: Tensor, real: Tensor | None) -> Source:
         """The encoder's states [M, N, source_size], and which of them are no padding, as a Source.

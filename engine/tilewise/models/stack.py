@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..layers import Embedding, LayerCache, Memory, StackPositions, TransformerLayer, norm_of
+from ..layers import (
+    Embedding,
+    LayerCache,
+    Linear,
+    Memory,
+    StackPositions,
+    TransformerLayer,
+    norm_of,
+)
 
 
 @dataclass
@@ -47,7 +55,7 @@ class Stack(nn.Module):
         self.norm = norm_of(config) if config.final_norm else None
         self.project: nn.Linear | None = None
         if causal and config.embedding_size not in (None, config.hidden_size):
-            self.project = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+            self.project = Linear(config.hidden_size, config.embedding_size, bias=False)
 
     @property
     def output_size(self) -> int:
