@@ -7,13 +7,13 @@
 //     S = q K^T, dP = g V^T;  P = softmax(score(S));  dS = P (dP - sum_j P dP)
 //     dq = dS K;  dK^T += q^T dS;  dV^T += g^T P
 //
-// Where a key head has few queries attention_few.h takes the call, where it has up to a block
-// attention_short.h the backward of most. Else a task is one key head and a part of its queries. It packs the head's keys once; they, the scores
-// and all between the products stay in cache. Backward finds P from the scores' own peak and sum:
-// exp(score - lse) is as coarse as an lse of 1e4 in float32, and sum(P dP) is exact where one key
-// takes all, which sum(g out) is not. In bfloat16 P and dS are rounded as operands of products
-// only. The order of every sum is fixed by the shapes: the result is the same bits for any number
-// of threads. NaN behaves as in softmax.cpp.
+// Where a key head has few queries attention_few.h takes the call, where they are one block and no
+// term is added to the scores attention_short.h. Else a task is one key head and a part of its
+// queries. It packs the head's keys once; they, the scores and all between the products stay in
+// cache. Backward finds P from the scores' own peak and sum: exp(score - lse) is as coarse as an
+// lse of 1e4 in float32, and sum(P dP) is exact where one key takes all, which sum(g out) is not.
+// In bfloat16 P and dS are rounded as operands of products only. The order of every sum is fixed by
+// the shapes: the result is the same bits for any number of threads. NaN behaves as in softmax.cpp.
 
 #include "attention.h"
 

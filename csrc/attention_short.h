@@ -173,9 +173,11 @@ class ForwardShort : ShortBlock<T> {
   void soften(int64_t last) {
     for (int64_t j = first_; this->hides_ && j < last; ++j) {
       float* const s = at(scores_, j);
-      for (int64_t i = 0; i < across_; ++i) s[i] = this->sees(i, j) ? s[i] : kLowest;
+      for (int64_t i = 0; i < across_; ++i) {
+        s[i] = this->sees(i, j) ? s[i] * args_.scale : kLowest;
+      }
     }
-    const Vec scale(args_.scale), lowest(kLowest);
+    const Vec scale(this->hides_ ? 1.0f : args_.scale), lowest(kLowest);
     for (int64_t i = 0; i < across_; i += kWidth) {
       float* const s = at(scores_, first_) + i;
       Vec peak = lowest, sum(0.0f);
@@ -284,7 +286,7 @@ class BackwardShort : ShortBlock<T> {
       float *const s = at(scores_, j), *const ds = at(dscores_, j);
       for (int64_t i = 0; i < across_; ++i) {
         const bool seen = this->sees(i, j);
-        s[i] = seen ? s[i] : kLowest;
+        s[i] = seen ? s[i] * args_.scale : kLowest;
         ds[i] = seen ? ds[i] : 0.0f;
       }
     }
@@ -304,7 +306,7 @@ class BackwardShort : ShortBlock<T> {
   void soften(int64_t last) {
     if (this->hides_) hide(last);
     if (args_.dropout) drop(last);
-    const Vec scale(args_.scale), lowest(kLowest), zero(0.0f);
+    const Vec scale(this->hides_ ? 1.0f : args_.scale), lowest(kLowest), zero(0.0f);
     for (int64_t i = 0; i < across_; i += kWidth) {
       float *s = at(scores_, first_) + i, *ds = at(dscores_, first_) + i;
       Vec peak = lowest, sum(0.0f), dot(0.0f);
