@@ -201,6 +201,10 @@ def test_convert(decoder: Path, tmp_path: Path, dtype: str) -> None:
         assert torch.equal(after[name], tensor.to(getattr(torch, dtype)))
     again = run("convert", str(decoder), str(tmp_path / "new"))
     assert again.exit_code == 1 and "is not empty" in again.stderr
+    kept = run("convert", str(tmp_path / "new"), str(tmp_path / "kept"))
+    assert kept.exit_code == 0 and f"in {dtype}" in kept.stdout
+    stored = load_file(tmp_path / "kept" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in after.items())
 
 
 def test_info_of_a_model(decoder: Path) -> None:

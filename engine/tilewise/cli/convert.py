@@ -11,15 +11,33 @@ from .generate import DTYPES
 @click.command(cls=Command, short_help="Write a model to another folder or in another dtype.")
 @click.argument("source", metavar="FOLDER|ID")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-def convert(source: str, target: Path, dtype: str) -> None:
-    """Write the model at FOLDER|ID to the folder TARGET as safetensors that transformers reads."""
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="By default the one that most weights have."
+)
+def convert(source: str, target: Path, dtype: str | None) -> None:
+    """Write the model at FOLDER|ID to the folder TARGET as safetensors.
+
+    transformers reads what it writes of every family that transformers has.
+    """
     from ..errors import ArgumentError
     from ..pretrained import load
 
     if target.exists() and any(target.iterdir()):
         raise ArgumentError(f"{target} is not empty; name a new folder")
+    dtype = dtype or stored_dtype(source)
     model = load(source, dtype=dtype)
     model.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{target}: {model.config.model_type}, {count:,} parameters in {dtype}")
+
+
+def stored_dtype(source: str) -> str:
+    """The dtype that most of a checkpoint's weights have."""
+    from ..pretrained import inspect
+
+    sizes = dict.fromkeys(DTYPES, 0)
+    for info in inspect(source)[1].values():
+        name = str(info.dtype).removeprefix("torch.")
+        if name in sizes:
+            sizes[name] += info.end - info.begin
+    return max(DTYPES, key=lambda name: sizes[name])
