@@ -19,6 +19,7 @@ from tilewise.config import ModelConfig
 from tilewise.text import Tokenizer, train_tokenizer
 
 TEXTS = ["half past three", "two hundred and six", "the first of May"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
 
 
 def run(*arguments: str, stdin: str | bytes = "") -> Result:
@@ -154,16 +155,21 @@ def test_windows_over_a_long_text(decoder: Path) -> None:
     assert abs(near["log_prob"] - far["log_prob"]) > 1e-4
 
 
-def test_special_tokens_behind_masks_are_named(tmp_path: Path) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "bert"
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=7, **sizes, intermediate_size=20, max_position_embeddings=8)
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    done = run("fill-mask", "--model", str(tmp_path), "--top-k", "7", "a [MASK] b")
+    BertForMaskedLM(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    return folder
+
+
+def test_special_tokens_behind_masks_are_named(bert: Path) -> None:
+    done = run("fill-mask", "--model", str(bert), "--top-k", "7", "a [MASK] b")
     (mask,) = lines_of(done)[0]["masks"]
-    assert {each["token"] for each in mask} == set(words)
+    assert {each["token"] for each in mask} == set(WORDS)
 
 
 @pytest.mark.parametrize("command", [("score", "half", "--model"), ("info",), ("convert",)])

@@ -158,7 +158,7 @@ def test_force_pins_the_registered_way_too(ran):
 def test_force_of_one_op_leaves_the_others_alone():
     with force("reference", "softmax"):
         assert explain(softmax, X).implementation == "reference"
-        assert explain(attention, Q, Q, Q).implementation == "torch"
+        assert explain(attention, Q, Q, Q).implementation != "reference"
 
 
 def test_force_nests_and_ends():

@@ -78,7 +78,7 @@ def test_fill_mask(tmp_path: Path) -> None:
     lines = output_of("fill_mask.py", tmp_path, "--out", str(tmp_path / "sums"))
     assert last_loss(lines) < 0.1
     best = [line.split()[0] for line in lines if line.startswith("    ")]
-    assert best == ["three", "zero", "one", "two"]
+    assert best[:2] == ["three", "zero"] and len(best) == 4  # the last two: many sums would do
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path / "sums")
     text = transformers.AutoTokenizer.from_pretrained(tmp_path / "sums")(
