@@ -48,12 +48,14 @@ SHAPES: dict[str, list[tuple[Shape, Options]]] = {
         ((1024, 768, 3072), Options(activation="gelu_tanh")),
         ((1024, 768, 3072), Options(activation="relu")),
         ((16, 768, 3072), Options()),
+        ((2, 768, 3072), Options(activation="identity")),
     ],
     "feed_forward": [  # plain and gated, and few rows
         ((512, 768, 3072), Options()),
         ((512, 768, 3072), Options(activation="relu")),
         ((512, 768, 2048), Options(activation="silu", gated=True)),
         ((16, 768, 3072), Options()),
+        ((2, 768, 3072), Options()),
     ],
     "linear": [  # the packed products of a decoding step, float and int8
         ((32, 768, 3072), Options()),
