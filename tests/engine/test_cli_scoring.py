@@ -234,6 +234,18 @@ def test_a_model_that_gives_nan_is_an_error(decoder: Path, tmp_path: Path, comma
     done = run(command, "--model", str(tmp_path / "nan"), TEXTS[0])
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
     assert "gives NaN or inf for 'half past three'" in done.stderr and not done.stdout
+    strict = run("convert", str(tmp_path / "nan"), str(tmp_path / "new"), "--strict-finite")
+    assert strict.exit_code == 1 and "NaN or infinite" in strict.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_of_a_folder_that_was_changed(decoder: Path, tmp_path: Path) -> None:
+    tilewise.load(decoder).save(tmp_path / "mine")
+    for target, code in (("first", 0), ("second", 1)):
+        done = run("convert", str(tmp_path / "mine"), str(tmp_path / target), "--verify")
+        assert done.exit_code == code, done.stderr
+        (tmp_path / "mine" / "config.json").write_text("{}")
+    assert "config.json" in done.stderr and not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(

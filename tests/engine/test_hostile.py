@@ -81,14 +81,18 @@ def refused(folder: Path, seconds: float = 1.0) -> TilewiseError:
     return caught.value
 
 
-def test_a_file_of_4_kib_cut_at_every_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "kib", "step"), [(40, 4, 1), pytest.param(890, 64, 997, marks=pytest.mark.long)]
+)
+def test_a_file_cut_at_many_bytes(tmp_path: Path, values: int, kib: int, step: int) -> None:
+    """4 KiB at every byte, 64 KiB at every 997th."""
     tmp_path.joinpath("m").mkdir()
     path = tmp_path / "m" / WEIGHTS
-    save_file({f"tensor.{i}": torch.ones(40) for i in range(18)}, path)
+    save_file({f"tensor.{i}": torch.ones(values) for i in range(18)}, path)
     size = path.stat().st_size
-    assert 3900 < size < 4400
+    assert 0.95 < size / (kib * 1024) < 1.07
     began = time.process_time()
-    for length in reversed(range(size)):
+    for length in reversed(range(0, size, step)):
         os.truncate(path, length)
         with pytest.raises(CheckpointError, match="damaged"):
             open_weights(tmp_path / "m")
@@ -165,12 +169,13 @@ def test_truncation_while_loading_does_not_kill(tmp_path: Path) -> None:
     assert done.returncode == 0 and "changed while loading" in done.stdout
 
 
-def test_no_flipped_bit_goes_unseen_in_a_verified_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flips", [1000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_no_flipped_bit_goes_unseen_in_a_verified_folder(tmp_path: Path, flips: int) -> None:
     tilewise.load(write_model(tmp_path / "theirs")).save(tmp_path / "ours")
     tilewise.load(tmp_path / "ours", verify=True)
     generator = random.Random(0)
     names = sorted(p.name for p in (tmp_path / "ours").iterdir())
-    for i in range(1000):
+    for i in range(flips):
         path = tmp_path / "ours" / (WEIGHTS if i % 2 else generator.choice(names))
         content = bytearray(path.read_bytes())
         position = generator.randrange(len(content))

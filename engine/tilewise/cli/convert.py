@@ -14,7 +14,11 @@ from .generate import DTYPES
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="By default the one that most weights have."
 )
-def convert(source: str, target: Path, dtype: str | None) -> None:
+@click.option("--strict-finite", is_flag=True, help="NaN and infinite weights are an error.")
+@click.option("--verify", is_flag=True, help="First compare FOLDER with the sums saved in it.")
+def convert(
+    source: str, target: Path, dtype: str | None, strict_finite: bool, verify: bool
+) -> None:
     """Write the model at FOLDER|ID to the folder TARGET as safetensors.
 
     transformers reads what it writes of every family that transformers has.
@@ -25,7 +29,7 @@ def convert(source: str, target: Path, dtype: str | None) -> None:
     if target.exists() and any(target.iterdir()):
         raise ArgumentError(f"{target} is not empty; name a new folder")
     dtype = dtype or stored_dtype(source)
-    model = load(source, dtype=dtype)
+    model = load(source, dtype=dtype, strict_finite=strict_finite, verify=verify)
     model.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{target}: {model.config.model_type}, {count:,} parameters in {dtype}")
