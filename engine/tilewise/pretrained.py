@@ -168,6 +168,7 @@ class Model(nn.Module):
         model's positions are cut by the tokenizer. options: top_k, batch_tokens; see
         tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
         """
+        scoring.masked_model(self.network)
         if mask_token_id is None:
             named = (self._need_tokenizer().token_to_id(name) for name in ("[MASK]", "<mask>"))
             mask_token_id = next((token for token in named if token is not None), None)

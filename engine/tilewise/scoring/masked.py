@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..models import Encoder, evaluating
+from ..models.heads import MaskedHead
 from .batches import by_tokens, check_rows, padded
 
 
@@ -20,6 +21,13 @@ class Filling:
 
     token: int
     log_prob: float
+
+
+def masked_model(model: nn.Module) -> tuple[Encoder, MaskedHead]:
+    """The model with its masked-token head. Raises ArgumentError for one without."""
+    if not isinstance(model, Encoder) or model.masked_head is None:
+        raise ArgumentError("the model has no masked-token head; load a masked language model")
+    return model, model.masked_head
 
 
 @torch.no_grad()
@@ -36,8 +44,7 @@ def fill_mask(
     Masks of one row are filled independently of each other. Raises ArgumentError for a model
     without a masked-token head, a row without a mask, and a top_k past the vocabulary.
     """
-    if not isinstance(model, Encoder) or model.masked_head is None:
-        raise ArgumentError("the model has no masked-token head; load a masked language model")
+    model, head = masked_model(model)
     vocab = model.config.vocab_size
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab:
         raise ArgumentError(f"top_k is {top_k!r}; pass a whole number from 1 to {vocab}")
@@ -54,7 +61,7 @@ def fill_mask(
             real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
             hidden, _, _ = model.encode(ids, real.long())
             at, column = ((ids == mask_token_id) & real).nonzero().unbind(1)
-            log_probs = torch.log_softmax(model.masked_head(hidden[at, column]).float(), -1)
+            log_probs = torch.log_softmax(head(hidden[at, column]).float(), -1)
             values, tokens = (best.tolist() for best in log_probs.topk(top_k))
             for row, *best in zip(at.tolist(), tokens, values, strict=True):
                 pairs = zip(*best, strict=True)
