@@ -6,6 +6,7 @@ import click
 
 from .console import Command
 from .generate import DTYPES
+from .info import describe
 
 
 @click.command(cls=Command, short_help="Write a model to another folder or in another dtype.")
@@ -37,11 +38,5 @@ def convert(
 
 def stored_dtype(source: str) -> str:
     """The dtype that most of a checkpoint's weights have."""
-    from ..pretrained import inspect
-
-    sizes = dict.fromkeys(DTYPES, 0)
-    for info in inspect(source)[1].values():
-        name = str(info.dtype).removeprefix("torch.")
-        if name in sizes:
-            sizes[name] += info.end - info.begin
-    return max(DTYPES, key=lambda name: sizes[name])
+    stored = describe(source)[1]["stored"]
+    return max(DTYPES, key=lambda name: stored.get(name, 0))
