@@ -94,7 +94,7 @@ class ForwardFew {
              s + i * kAttentionKeys, kept_.data(), out_.data() + i * width_, args_.value_dim,
              so_far_[i]);
     }
-    by_four(block.size(), [&](auto some, int64_t i) {
+    in_groups<4>(block.size(), [&](auto some, int64_t i) {
       weigh<some()>(s + i * kAttentionKeys, kAttentionKeys, values_ + 0, count, args_.value_dim,
                     out_.data() + i * width_, width_, first > block.first);
     });
@@ -176,7 +176,7 @@ class BackwardFew {
   }
 
   void write_dq(const Item& item, const Block& block, int64_t count) {
-    by_four(count > 0 ? block.size() : 0, [&](auto some, int64_t i) {
+    in_groups<4>(count > 0 ? block.size() : 0, [&](auto some, int64_t i) {
       weigh<some()>(dscores_.data() + i * stride_, stride_, keys_ + 0, count, args_.head_dim,
                     rows_.data() + i * width_, width_, false);
     });

@@ -125,7 +125,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t chun
     partial[m * stride + width] = weights.peak;
     partial[m * stride + width + 1] = weights.total;
   }
-  by_four(shared, [&](auto some, int64_t m) {
+  in_groups<4>(shared, [&](auto some, int64_t m) {
     weigh<some()>(scores + m * kChunk, kChunk, values, count, args.head_dim, partial + m * stride,
                   stride, false);
   });

@@ -93,18 +93,6 @@ void tile_of(const T* x, int64_t x_stride, const T* const* w, int64_t ahead, int
   tile<R>(x, x_stride, w, ahead, k, sums);
 }
 
-// body(std::integral_constant<int, R>(), r): rows of x from r on, as many as a tile takes.
-template <typename Body>
-void by_tile(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + kMostRows <= rows; r += kMostRows) body(std::integral_constant<int, kMostRows>(), r);
-  if constexpr (kMostRows == 4) {
-    if (rows - r == 3) body(std::integral_constant<int, 3>(), r);
-    if (rows - r == 2) body(std::integral_constant<int, 2>(), r);
-  }
-  if (rows - r == 1) body(std::integral_constant<int, 1>(), r);
-}
-
 // Rows [row, row + rows) of y, columns from `column` on.
 template <typename T>
 void task(const FewRows& args, int64_t row, int64_t rows, int64_t column) {
@@ -118,7 +106,7 @@ void task(const FewRows& args, int64_t row, int64_t rows, int64_t column) {
       w[i] = weight + std::min(column + c + i, args.n - 1) * args.weight_stride;
     }
     const int64_t ahead = column + c + 8 <= args.n ? 4 * args.weight_stride : 0;
-    by_tile(rows, [&](auto some, int64_t r) {
+    in_groups<kMostRows>(rows, [&](auto some, int64_t r) {
       tile_of<some()>(x + r * args.x_stride, args.x_stride, w, r == 0 ? ahead : 0, args.k,
                       sums + r * kColumns + c);
     });

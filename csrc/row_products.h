@@ -64,7 +64,7 @@ void dot(const T* q, const T* const* keys, int64_t head_dim, float* scores) {
 const bool kBFloat16Dot = __builtin_cpu_supports("avx512bf16");
 
 // The same with products of two bfloat16 lanes at a time.
-__attribute__((target("avx512bf16"))) void dot_bf16(const c10::BFloat16* q,
+__attribute__((target("avx512bf16"))) inline void dot_bf16(const c10::BFloat16* q,
                                                      const c10::BFloat16* const* keys,
                                                      int64_t head_dim, float* scores) {
   __m512 sums[4] = {};
@@ -189,21 +189,18 @@ void spread(const float* weights, int64_t stride, const float* rows, int64_t row
   }
 }
 
-// body(std::integral_constant<int, Q>(), j): Q queries from number j on, up to four at a time.
-template <typename Body>
-void by_four(int64_t count, const Body& body) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) body(std::integral_constant<int, 4>(), j);
-  if (count - j == 3) body(std::integral_constant<int, 3>(), j);
-  if (count - j == 2) body(std::integral_constant<int, 2>(), j);
-  if (count - j == 1) body(std::integral_constant<int, 1>(), j);
+// body(std::integral_constant<int, Q>(), j): Q queries from number j on, up to `Most` at a time.
+template <int Most, typename Body>
+void in_groups(int64_t count, const Body& body, int64_t j = 0) {
+  for (; j + Most <= count; j += Most) body(std::integral_constant<int, Most>(), j);
+  if constexpr (Most > 1) in_groups<Most - 1>(count, body, j);
 }
 
 // to[k] = sum over m of weights[m][k] rows[m], for `count` rows k.
 template <typename T>
 void spread(const float* weights, int64_t stride, const float* rows, int64_t row_stride,
             int64_t shared, int64_t count, int64_t width, T* to, int64_t to_stride) {
-  by_four(count, [&](auto some, int64_t k) {
+  in_groups<4>(count, [&](auto some, int64_t k) {
     spread<some()>(weights + k, stride, rows, row_stride, shared, width, to + k * to_stride,
                    to_stride);
   });
