@@ -1,4 +1,4 @@
-"""Checkpoint weights into models, and models into folders: all of it or nothing."""
+"""Checkpoint weights into models, and models into folders, all of it or nothing."""
 
 import os
 import resource
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tilewise.checkpoints import (
     WeightRule,
-    copy_weights,
+    check_weights,
+    fill_weights,
     open_weights,
     read_config,
     write_folder,
@@ -71,13 +72,10 @@ def test_copying_by_table(
     head = {"lm_head": floats["wte"].clone(), "attn.mask": torch.ones(3)}
     write_folder(tmp_path / "m", {}, source | floats | head)
     model = Small().to(model_dtype)
-    copy_weights(
-        model.state_dict(),
-        open_weights(tmp_path / "m"),
-        RULES,
-        ignore=["attn.mask"],
-        tied={"lm_head": "wte", "absent": "wte"},
-    )
+    target, weights = model.state_dict(), open_weights(tmp_path / "m")
+    tied = {"lm_head": "wte", "absent": "wte"}
+    check_weights(target, weights, RULES, ignore=["attn.mask"], tied=tied)
+    assert fill_weights(target, weights, RULES) == []
     fused = torch.cat([floats["k"], floats["v"]])
     assert torch.equal(model.embed.weight, floats["wte"].to(model_dtype))
     assert model.head.weight is model.embed.weight
@@ -115,38 +113,32 @@ MISFITS: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_a_misfit_leaves_the_model_unchanged(tmp_path: Path, kind: str) -> None:
+def test_a_misfit_is_found_before_any_data_is_read(tmp_path: Path, kind: str) -> None:
     tensors, message = MISFITS[kind]
     write_folder(tmp_path / "m", {}, tensors)
-    model = Small()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.device("meta"):
+        target = Small().state_dict()
     with pytest.raises(CheckpointError, match=message):
-        copy_weights(
-            model.state_dict(), open_weights(tmp_path / "m"), RULES, tied={"lm_head": "wte"}
-        )
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        check_weights(target, open_weights(tmp_path / "m"), RULES, tied={"lm_head": "wte"})
 
 
-def test_a_read_that_fails_late_leaves_the_model_unchanged(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_meanwhile_is_found(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", {}, source_tensors())
     weights = open_weights(tmp_path / "m")
     last = max(info.end for info in weights.tensors.values())
     path = tmp_path / "m" / WEIGHTS
     os.truncate(path, path.stat().st_size - last // 2)
-    model = Small()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(CheckpointError, match="changed while loading"):
-        copy_weights(model.state_dict(), weights, RULES)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        fill_weights(Small().state_dict(), weights, RULES)
 
 
 def test_a_table_with_gaps_is_reported(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", {}, source_tensors())
-    weights = open_weights(tmp_path / "m")
+    target, weights = Small().state_dict(), open_weights(tmp_path / "m")
     with pytest.raises(CheckpointError, match="1 missing: a source for the model's 'count'"):
-        copy_weights(Small().state_dict(), weights, RULES[:-1], ignore=["count"])
+        check_weights(target, weights, RULES[:-1], ignore=["count"])
     with pytest.raises(CheckpointError, match="the model has no 'nothing'"):
-        copy_weights(Small().state_dict(), weights, [*RULES, WeightRule("nothing", "k")])
+        check_weights(target, weights, [*RULES, WeightRule("nothing", "k")])
 
 
 # Writing

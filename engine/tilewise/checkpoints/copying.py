@@ -1,8 +1,7 @@
 """Copies a checkpoint's tensors into a model's, by a table that a family writes.
 
-Names, shapes and dtypes are compared in full before any data is read. A model in use is changed by
-copy_weights, which reads all data before the first value changes; a new one, whose values nobody
-knows yet, is filled by fill_weights, which needs no memory besides.
+Names, shapes and dtypes are compared in full by check_weights before any data is read; then
+fill_weights streams the values into a new model, straight into its memory.
 """
 
 import math
@@ -73,8 +72,12 @@ def check_weights(
 ) -> None:
     """Raises CheckpointError unless the file fits `target`, which may lie on the meta device.
 
-    The arguments are those of copy_weights. The error lists up to ten missing, unexpected and
-    unfitting names each.
+    `target`: the model's tensors, as from state_dict(); one without a rule must share its memory
+    with one that has a rule. `ignore`: names the file may hold that the model has no use for.
+    `tied`: {name: other} for names that may repeat another one (the head of a tied model); when the
+    file has them they must be equal bit for bit. Floating-point values fit every floating-point
+    dtype, others their own alone. The error lists up to ten missing, unexpected and unfitting names
+    each.
     """
     table = list(rules)
     tied = tied or {}
@@ -94,57 +97,49 @@ def check_weights(
         )
 
 
-def copy_weights(
-    target: Mapping[str, Tensor],
-    weights: WeightFiles,
-    rules: Iterable[WeightRule],
-    *,
-    ignore: Collection[str] = (),
-    tied: Mapping[str, str] | None = None,
-) -> None:
-    """Fills `target` (as from state_dict()) in place, each tensor by its rule.
-
-    `ignore`: names the file may hold that the model has no use for. `tied`: {name: other} for
-    names that may repeat another one (the head of a tied model); when the file has them they must
-    be equal bit for bit. Floating-point values are cast to the target's dtype; no other dtype is
-    converted. A target without a rule must share its memory with one that has a rule.
-
-    Peak memory is that of the model plus the checkpoint. Raises CheckpointError, the target
-    unchanged, when the file does not fit.
-    """
-    table = list(rules)
-    check_weights(target, weights, table, ignore=ignore, tied=tied)
-    staged = {rule.target: values_for(target[rule.target], weights, rule) for rule in table}
-    with torch.no_grad():
-        for name, values in staged.items():
-            target[name].copy_(values)
-
-
 def fill_weights(
     target: Mapping[str, Tensor], weights: WeightFiles, rules: Iterable[WeightRule]
 ) -> list[str]:
     """Streams the file into `target`, a new model's tensors, which check_weights has passed.
 
-    Returns the names, as the file has them, of tensors with NaN or infinite values once they are
-    of the target's dtype. Where a rule has no transform, memory grows by one piece; otherwise by
-    the rule's own tensors. Raises CheckpointError when reading fails, the target half filled.
+    Floating-point values are cast to the target's dtype. Returns the names, as the file has them,
+    of tensors with NaN or infinite values once they are of that dtype. Memory grows by one piece
+    and by the sources of the largest rule with a transform. Raises CheckpointError when reading
+    fails, the target half filled.
     """
+    table = [(target[rule.target], rule) for rule in rules]
+    # One stage for all: mapping the pages of new memory takes longer than reading into it.
+    sizes = [
+        want.itemsize * sum(math.prod(weights.tensors[name].shape) for name in rule.sources)
+        for want, rule in table
+        if staged(want, rule)
+    ]
+    stage = torch.empty(max(sizes, default=0), dtype=torch.uint8, device="cpu")
     odd: dict[str, None] = {}
     with torch.no_grad():
-        for rule in rules:
-            odd |= dict.fromkeys(fill(target[rule.target], weights, rule))
+        for want, rule in table:
+            fill(want, weights, rule, stage)
+            if not finite(want):
+                odd |= dict.fromkeys(odd_sources(want.dtype, weights, rule))
     return list(odd)
 
 
-def fill(want: Tensor, weights: WeightFiles, rule: WeightRule) -> list[str]:
-    """One line of the table; the names that are not finite."""
-    if rule.transform or not want.is_contiguous():
-        want.copy_(rule.apply(*(weights.read(name, want.dtype) for name in rule.sources)))
-    else:
-        sizes = [math.prod(weights.tensors[name].shape) for name in rule.sources]
-        for name, room in zip(rule.sources, want.view(-1).split(sizes), strict=True):
-            weights.read_into(name, room)
-    return [] if finite(want) else odd_sources(want.dtype, weights, rule)
+def staged(want: Tensor, rule: WeightRule) -> bool:
+    """Whether the target's memory has the sources' values in another order than the file."""
+    return rule.transform is not None or not want.is_contiguous()
+
+
+def fill(want: Tensor, weights: WeightFiles, rule: WeightRule, stage: Tensor) -> None:
+    """One line of the table. `stage`: room for the sources, in bytes, which the next overwrites."""
+    shapes = [weights.tensors[name].shape for name in rule.sources]
+    sizes = [math.prod(shape) for shape in shapes]
+    moved = staged(want, rule)
+    whole = stage[: want.itemsize * sum(sizes)].view(want.dtype) if moved else want.view(-1)
+    rooms = whole.split(sizes)
+    for name, room in zip(rule.sources, rooms, strict=True):
+        weights.read_into(name, room)
+    if moved:
+        want.copy_(rule.apply(*map(Tensor.view, rooms, shapes)))
 
 
 def odd_sources(dtype: torch.dtype, weights: WeightFiles, rule: WeightRule) -> list[str]:
@@ -227,9 +222,3 @@ def untied(weights: WeightFiles, name: str, other: str) -> str | None:
 
 def raw_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def values_for(want: Tensor, weights: WeightFiles, rule: WeightRule) -> Tensor:
-    values = rule.apply(*(weights.read(name) for name in rule.sources))
-    # A transform may return a view; the copy lets go of the rest of a fused tensor.
-    return values.to(want.dtype, copy=rule.transform is not None)
