@@ -169,11 +169,13 @@ class HarnessModel(LM):
                 "tokens; ask for fewer, as gen_kwargs"
             )
         rows = self._prompts(prompts, room)
-        out = self._model.generate(rows, **options)
+        until = [until] if isinstance(until, str) else until
+        stops = [text for text in until if text]
+        out = self._model.generate(rows, stop_strings=stops, **options)
         starts = [1 if is_seq2seq else len(row) for row in rows]
         found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
         texts = self._tokenizer.decode([row[start:end] for row, start, end in found])
-        return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
+        return [_cut(text, stops) for text in texts]
 
     def _prompts(self, texts: list[str], room: int) -> list[list[int]]:
         """Ids of contexts, their ends where they are longer than `room`; an empty one starts."""
@@ -215,5 +217,5 @@ def _check_options(given: object) -> None:
 
 def _cut(text: str, until: Sequence[str]) -> str:
     for stop in until:
-        text = text.split(stop)[0] if stop else text
+        text = text.split(stop)[0]
     return text

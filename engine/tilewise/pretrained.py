@@ -80,19 +80,14 @@ class Model(nn.Module):
         Raises TokenizerError for strings without a tokenizer, ArgumentError, GenerationError.
         """
         texts = [inputs] if isinstance(inputs, str) else inputs
+        own: dict[str, Any] = {"defaults": self.generation_defaults, "tokenizer": self.tokenizer}
         if not _are_strings(texts):
-            return generate(
-                self.network,
-                inputs,  # type: ignore[arg-type]
-                attention_mask=attention_mask,
-                defaults=self.generation_defaults,
-                **options,
-            )
+            return generate(self.network, inputs, attention_mask=attention_mask, **own, **options)  # type: ignore[arg-type]
         tokenizer = self._need_tokenizer()
         if attention_mask is not None:
             raise ArgumentError("attention_mask was given with texts, which need none")
         prompts = tokenizer.encode(texts)  # type: ignore[arg-type]
-        out = generate(self.network, prompts, defaults=self.generation_defaults, **options)
+        out = generate(self.network, prompts, **own, **options)
         each = len(out.lengths) // max(len(prompts), 1)
         # A seq2seq model's start token, or the one that an empty prompt gets, is no text either.
         start = [1 if self.config.is_seq2seq else max(len(prompt), 1) for prompt in prompts]

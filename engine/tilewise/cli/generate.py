@@ -117,6 +117,13 @@ def report(
 )
 @click.option("--num-beams", type=click.IntRange(1), help="1 is greedy search.")
 @click.option("--num-return-sequences", type=click.IntRange(1), help="Sequences for each text.")
+@click.option(
+    "--stop",
+    "stop_strings",
+    multiple=True,
+    metavar="TEXT",
+    help="A sequence ends behind this; may be given several times.",
+)
 @click.option("--scores", is_flag=True, help="A score and a tab before each sequence.")
 @shared_options
 def generate(
@@ -128,13 +135,17 @@ def generate(
     batch_size: int,
     as_json: bool,
     scores: bool,
+    stop_strings: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Continue TEXTS with a model.
+
+    Options that are not given are the model's own (generation_config.json), else as shown.
 
     Prints what was generated, without the text itself, in the order of the texts: one line each
     (line breaks as \\n, backslashes as \\\\), more with --num-return-sequences. A blank text gives
     a blank line. Without TEXTS or --file, standard input is read.
     """  # fmt: skip
     lines = read_texts(texts, file)
+    options["stop_strings"] = stop_strings or None
     report(open_model(model, device, dtype), lines, batch_size, options, as_json, scores)

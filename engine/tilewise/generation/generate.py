@@ -14,6 +14,7 @@ from ..config import AnyConfig
 from ..errors import ArgumentError
 from ..models import AnySeq2Seq, Decoder, RecurrentSeq2Seq, Seq2Seq, evaluating
 from ..models.inputs import check_ids, check_mask, check_output
+from ..text import Tokenizer
 from .cache import (
     CachedSteps,
     RecurrentSteps,
@@ -24,6 +25,7 @@ from .cache import (
 )
 from .options import GenerationOptions, resolve
 from .search import beam_search, greedy_search
+from .stopping import Stops, stop_at
 
 Prompts = Tensor | Sequence[Sequence[int]]
 
@@ -52,13 +54,15 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     defaults: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> GenerationOutput:
     """Generate from token ids with greedy (num_beams = 1) or beam search.
 
     input_ids: LongTensor [B, S] (attention_mask [B, S] marks real tokens; padding on either side)
     or a list of id lists of any lengths; they are prompts of a Decoder, sources of others.
-    options: see GenerationOptions; `defaults` gives way to them. Each prompt runs once, cross
+    options: see GenerationOptions; `defaults` gives way to them. tokenizer: of the model, for
+    stop_strings. Each prompt runs once, cross
     keys are kept once per sentence, finished sentences leave the batch. The model is put in eval
     mode meanwhile. Raises ArgumentError for bad input before any work, GenerationError for NaN.
     """
@@ -70,12 +74,13 @@ def generate(
     longest = max((len(row) for row in rows), default=1)
     seq2seq = isinstance(model, AnySeq2Seq)
     chosen = resolve(options, defaults or {}, config, 1 if seq2seq else max(longest, 1))
+    stops = stop_at(chosen.stop_strings, tokenizer)
     prompts = _decoder_prompts(rows, chosen, seq2seq)
     if not rows:
         ids = torch.zeros(0, 0, dtype=torch.int64)
         return GenerationOutput(ids, ids.sum(1), torch.zeros(0), torch.zeros(0, 0))
     with evaluating(model):
-        return _search(model, rows, prompts, chosen)
+        return _search(model, rows, prompts, chosen, stops)
 
 
 def _search(
@@ -83,10 +88,11 @@ def _search(
     rows: list[list[int]],
     prompts: list[list[int]],
     options: GenerationOptions,
+    stops: Stops | None,
 ) -> GenerationOutput:
     steps = _steps(model, rows, prompts, options)
     search = greedy_search if options.num_beams == 1 else beam_search
-    found = search(steps, prompts, options)
+    found = search(steps, prompts, options, stops)
 
     count = options.num_return_sequences
     new_lengths = found.lengths[:, :count].flatten()

@@ -21,7 +21,8 @@ class GenerationOptions:
     "never" when not even the longest continuation could. Hypotheses are ranked by their summed
     log-probability [nats] over (generated tokens) ** length_penalty. min_length counts the decoder
     prompt, as max_length does. bad_words_ids are sequences that are never generated (an end token
-    alone is no bad word); suppress_tokens are tokens that never are.
+    alone is no bad word); suppress_tokens are tokens that never are. A sequence ends with the token
+    that completes one of stop_strings, which it keeps.
     """
 
     num_beams: int = 1
@@ -36,6 +37,7 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     suppress_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     bos_token_id: int | None = None
@@ -66,6 +68,8 @@ def resolve(
     merged["eos_token_id"] = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     if given.get("max_new_tokens") is None and given.get("max_length") is not None:
         merged.pop("max_new_tokens", None)
+    if isinstance(texts := merged.get("stop_strings"), (str, list)):
+        merged["stop_strings"] = (texts,) if isinstance(texts, str) else tuple(texts)
     if isinstance(merged.get("suppress_tokens"), list):
         merged["suppress_tokens"] = tuple(merged["suppress_tokens"])
     if isinstance(merged.get("bad_words_ids"), (list, tuple)):
@@ -143,6 +147,9 @@ def _check(options: GenerationOptions, config: AnyConfig) -> None:
         raise ArgumentError(f"bad_words_ids is {options.bad_words_ids!r}; pass a list of id lists")
     for word in options.bad_words_ids:
         _tokens("bad_words_ids", word or None, vocab)
+    texts = options.stop_strings
+    if not isinstance(texts, tuple) or not all(isinstance(t, str) and t for t in texts):
+        raise ArgumentError(f"stop_strings is {texts!r}; pass a list of texts that are not empty")
     if len(set(options.eos_token_id)) != len(options.eos_token_id):
         raise ArgumentError(f"eos_token_id is {options.eos_token_id}; name each id once")
 

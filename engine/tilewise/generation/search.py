@@ -15,6 +15,7 @@ from ..errors import GenerationError
 from .cache import Steps
 from .options import GenerationOptions
 from .processors import process, untouched
+from .stopping import Stops
 
 WORST = -1e9  # the score of a hypothesis that is not there, as in transformers
 
@@ -64,13 +65,16 @@ def nothing(sentences: int, beams: int, tokens: int, device: torch.device) -> Hy
     )
 
 
-def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptions) -> Hypotheses:
+def beam_search(
+    steps: Steps, prompts: list[list[int]], options: GenerationOptions, stops: Stops | None = None
+) -> Hypotheses:
     """Beam search with transformers' semantics: ids and scores of its `generate`.
 
     Each step keeps the best K = max(2, 1 + end tokens) * k continuations. Those among the first k
     that end become hypotheses, ranked with the stored ones by normalised score, so that a better
     one displaces a worse. The best k that do not end run on. A sentence closes by the rule of
-    `early_stopping` and leaves the batch. Raises GenerationError when a score is NaN.
+    `early_stopping` and leaves the batch. `stops` says which sequences end beside those that an end
+    token ends. Raises GenerationError when a score is NaN.
     """
     k, limit = options.num_beams, options.max_new_tokens or 1
     candidates = max(2, 1 + len(options.eos_token_id)) * k
@@ -95,6 +99,10 @@ def beam_search(steps: Steps, prompts: list[list[int]], options: GenerationOptio
         beams, tokens = flat // ids.shape[1], ids.unflatten(0, (-1, k)).flatten(1).gather(1, flat)
         chosen = _extended(running, beams, tokens, scores, step)
         ended = torch.isin(tokens, ends) | (step + 1 == limit)
+        if stops:
+            prompt = past.unflatten(0, (-1, k))[:, :1].expand(-1, ended.shape[1], -1)
+            rows = torch.cat([prompt, chosen.tokens[:, :, : step + 1]], 2)
+            ended |= stops(rows.flatten(0, 1)).view_as(ended)
 
         next_scores = scores + ended.float() * WORST
         best = next_scores.topk(k)[1]
@@ -163,9 +171,12 @@ def _can_improve(
     return (best > worst).any(-1)
 
 
-def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOptions) -> Hypotheses:
+def greedy_search(
+    steps: Steps, prompts: list[list[int]], options: GenerationOptions, stops: Stops | None = None
+) -> Hypotheses:
     """The likeliest token at every step; a sentence that ends leaves the batch.
 
+    `stops` says which sequences end beside those that an end token ends.
     Rules act on logits, as in transformers; log_probs are those of the untouched distribution.
     """
     limit = options.max_new_tokens or 1
@@ -184,7 +195,10 @@ def greedy_search(steps: Steps, prompts: list[list[int]], options: GenerationOpt
         result.log_probs[sentences, 0, step] = log_probs
         result.lengths[sentences, 0] = step + 1
         result.scores[sentences, 0] += log_probs
-        going = (~torch.isin(tokens, ends)).nonzero()[:, 0]
+        ended = torch.isin(tokens, ends)
+        if stops:
+            ended |= stops(torch.cat([history, tokens[:, None]], 1))
+        going = (~ended).nonzero()[:, 0]
         if step + 1 == limit or not len(going):
             break
         if len(going) < len(sentences):
