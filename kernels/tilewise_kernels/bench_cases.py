@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from . import bench_formulas as eager
 from .adamw import adamw_step
 from .attention import attention
 from .attention_varlen import attention_varlen
+from .bench_formulas import Function, Options, Outputs, Tensors
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .errors import ArgumentError
@@ -37,31 +37,9 @@ from .rotary import rotary
 from .softmax import softmax
 
 Shape = tuple[int, ...]
-Tensors = dict[str, Any]  # float tensors differentiate; others are masks, lengths, packed weights
 SEED = 7
 MAX_ELEMENTS = 2**44  # or products of sizes: more than any memory holds
 BEAMS = 4  # rows of a beam search that share a sentence
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an op is called, besides its shape. A case takes some of these."""
-
-    causal: bool = False
-    mask: bool = False  # a padding mask over the keys, bool
-    bias: bool = False  # added to the scores, with gradient, shared by the batch
-    window: int | None = None  # keys further away than this are not seen
-    beams: bool = False  # rows read their ancestors' caches
-    residual: bool = False
-    heads_kv: int | None = None  # key and value heads; None: as many as query heads
-    activation: str = "gelu"
-    gated: bool = False
-    int8: bool = False
-    top: int = 8
-
-
-Outputs = Tensor | tuple[Tensor, ...]
-Function = Callable[[Tensors, Options], Outputs]
 
 
 # -- inputs --------------------------------------------------------------------------------------

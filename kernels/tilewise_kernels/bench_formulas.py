@@ -3,10 +3,9 @@
 Each takes the named tensors of a case (bench_cases.py has their shapes) and its options.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import KernelUnavailable
 
-if TYPE_CHECKING:
-    from .bench_cases import Options
-
-Tensors = dict[str, Any]
+Tensors = dict[str, Any]  # float tensors differentiate; others are masks, lengths, packed weights
+Outputs = Tensor | tuple[Tensor, ...]
 NAMED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
@@ -27,6 +24,26 @@ NAMED: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
     "identity": lambda h: h,
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an op is called, besides its shape. A case takes some of these."""
+
+    causal: bool = False
+    mask: bool = False  # a padding mask over the keys, bool
+    bias: bool = False  # added to the scores, with gradient, shared by the batch
+    window: int | None = None  # keys further away than this are not seen
+    beams: bool = False  # rows read their ancestors' caches
+    residual: bool = False
+    heads_kv: int | None = None  # key and value heads; None: as many as query heads
+    activation: str = "gelu"
+    gated: bool = False
+    int8: bool = False
+    top: int = 8
+
+
+Function = Callable[[Tensors, Options], Outputs]
 
 
 # -- masks ---------------------------------------------------------------------------------------
