@@ -1,71 +1,23 @@
 """Models of the sentencepiece library: ids equal transformers' own, and damage is named."""
 
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_oracle import CORPUS, TEXTS, assert_same, loaded, reloaded, write
 
 from tilewise.errors import TokenizerError
 from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
 
-CORPUS = [
-    "the seventeenth of March, 2019",
-    "half past three in the Afternoon",
-    "two hundred na\u00efve caf\u00e9s, 30% off!",
-    "\u5348\u5f8c3\u664230\u5206 \u5e74",
-]
-TEXTS = [
-    *CORPUS,
-    "",
-    " ",
-    "a",
-    "  two  spaces\tand\na line \u00a0",
-    "\u00c9cole na\u0131ve e\u0301 \u1e9b\u0323",
-    "\U0001f600\u200d\U0001f469 emoji",
-    "1234567890 3.14",
-    "don't stop -- it's",
-    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0645\u0631\u062d\u0628\u0627",
-    "zzz \ufffd \u0007 \u200b",
-    "x" * 150,
-]
 TRAINING = [text * 3 for text in [*CORPUS, "a b c d e f g h i j k l m n o p q r s t u v w x y z"]]
 SPECIALS = {
     "t5": {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
     "llama": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True},
     "mbart": {"unk_id": 0, "bos_id": 1, "eos_id": 2},
 }
-
-
-def write(folder: Path, **files: Any) -> Path:
-    """Tables as NAME.json."""
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-def loaded(folder: Path) -> Tokenizer:
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer is not None
-    return tokenizer
-
-
-def reloaded(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    folder.mkdir()
-    for name, content in tokenizer.files().items():
-        (folder / name).write_bytes(content)
-    return loaded(folder)
-
-
-def assert_same(tokenizer: Tokenizer, oracle: Any, texts: list[str] = TEXTS) -> None:
-    assert tokenizer.encode(texts) == [oracle(text)["input_ids"] for text in texts]
-    for side in ("left", "right"):
-        oracle.truncation_side = side
-        cut = [oracle(text, truncation=True, max_length=6)["input_ids"] for text in texts]
-        assert tokenizer.encode(texts, max_length=6, truncation_side=side) == cut
 
 
 def train(kind: str, **more: Any) -> bytes:
