@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_oracle import CORPUS, TEXTS, assert_same, loaded, reloaded, write
+from tokenizer_oracle import (
+    CORPUS,
+    TEXTS,
+    assert_same,
+    assert_same_padding,
+    loaded,
+    reloaded,
+    write,
+)
 
 from tilewise.errors import TokenizerError
 from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
@@ -282,6 +290,34 @@ def test_targets_of_others_are_like_sources(tmp_path: Path, kind: str) -> None:
     assert tokenizer is not None
     texts = [*CORPUS, "", "half <extra_id_0> past"]
     assert tokenizer.encode_targets(texts) == tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["t5", "mbart", "marian"])
+def test_padding(tmp_path: Path, kind: str, side: str) -> None:
+    import transformers
+
+    if kind == "mbart":
+        tokenizer, oracle = write_mbart(tmp_path, padding_side=side)
+    elif kind == "marian":
+        tokenizer = loaded(write(write_marian(tmp_path), tokenizer_config={"padding_side": side}))
+        oracle = transformers.MarianTokenizer.from_pretrained(tmp_path)
+    else:
+        model = train("t5")
+        (tmp_path / "spiece.model").write_bytes(model)
+        tokenizer = loaded(write(tmp_path, tokenizer_config={"padding_side": side, "extra_ids": 0}))
+        oracle = transformers.T5Tokenizer(vocab=scored(pieces(model)), extra_ids=0)
+        oracle.padding_side = side
+    assert_same_padding(tokenizer, oracle, [*CORPUS, ""])
+    assert_same_padding(reloaded(tokenizer, tmp_path / "again"), oracle, [*CORPUS, ""])
+
+
+def test_llama_has_no_padding_token(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train("llama", vocab_size=400))
+    with pytest.raises(TokenizerError, match="has no padding token: pass pad_token_id"):
+        loaded(tmp_path).pad([[1, 2], [3]])
+    write(tmp_path, tokenizer_config={"pad_token": "</s>"})
+    assert loaded(tmp_path).pad([[1, 5], [3]])[0].tolist() == [[1, 5], [3, 2]]
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

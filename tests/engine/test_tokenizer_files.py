@@ -5,10 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_oracle import CORPUS, TEXTS, assert_same, assert_same_pairs, loaded, reloaded, write
+import torch
+from tokenizer_oracle import (
+    CORPUS,
+    TEXTS,
+    assert_same,
+    assert_same_padding,
+    assert_same_pairs,
+    loaded,
+    reloaded,
+    write,
+)
 
+import tilewise
 from tilewise.errors import TokenizerError
-from tilewise.text import Tokenizer, load_tokenizer
+from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
 
 BERT_WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] the half past three ##s ##eenth sevent of march March two cafe "
@@ -224,6 +235,104 @@ def test_sides_come_from_the_file(bert: Path) -> None:
     assert len(tokenizer.encode(["half past three"])[0]) == 5
     with pytest.raises(TokenizerError, match="truncation_side is 'top'; takes left or right"):
         tokenizer.encode(["a"], max_length=5, truncation_side="top")
+
+
+# Padding
+
+
+PADDED = {
+    "BertTokenizer": {},
+    "BertTokenizer-named": {"pad_token": {"content": "[UNK]", "__type": "AddedToken"}},
+    "RobertaTokenizer": {},
+    "GPT2Tokenizer": {"pad_token": "<|endoftext|>"},
+    "GPT2Tokenizer-added": {"pad_token": "<new>"},
+}
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocabulary"])
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding(tmp_path: Path, kind: str, whole: bool, side: str | None) -> None:
+    import transformers
+
+    name = kind.partition("-")[0]
+    if name == "BertTokenizer":
+        (tmp_path / "vocab.txt").write_text("\n".join(BERT_WORDS))
+    else:
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        write_byte_level(tmp_path, specials if name[0] == "R" else ["<|endoftext|>"])
+    sides = {} if side is None else {"padding_side": side}
+    write(tmp_path, tokenizer_config=PADDED[kind] | sides | {"tokenizer_class": name})
+    oracle = getattr(transformers, name).from_pretrained(tmp_path)
+    if whole:
+        tmp_path = tmp_path / "whole"
+        oracle.save_pretrained(tmp_path)
+    tokenizer = loaded(tmp_path)
+    assert tokenizer.padding_side == side or side is None
+    assert_same_padding(tokenizer, oracle)
+    assert_same_padding(reloaded(tokenizer, tmp_path / "again"), oracle)
+
+
+@pytest.mark.parametrize("config", [{}, {"padding_side": "right"}, {"pad_token": "[CLS]"}], ids=str)
+def test_padding_that_tokenizer_json_asks_for(bert: Path, config: dict[str, Any]) -> None:
+    import tokenizers
+    import transformers
+
+    backend = tokenizers.Tokenizer.from_str(loaded(bert).files()["tokenizer.json"].decode())
+    backend.enable_padding(direction="left", pad_id=4, pad_token="[MASK]", length=99)
+    (bert / "whole").mkdir()
+    backend.save(str(bert / "whole" / "tokenizer.json"))
+    write(bert / "whole", tokenizer_config=config)
+    tokenizer = loaded(bert / "whole")
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(bert / "whole")
+    assert tokenizer.padding_side == oracle.padding_side == config.get("padding_side", "left")
+    assert_same_padding(tokenizer, oracle)
+    assert_same_padding(reloaded(tokenizer, bert / "again"), oracle)
+    assert [len(row) for row in tokenizer.encode(["half", "half past"])] == [3, 4]
+
+
+def test_padding_without_a_token(byte_level: Tokenizer, bert: Path) -> None:
+    with pytest.raises(TokenizerError, match="has no padding token: pass pad_token_id"):
+        byte_level.pad([[1, 2], [3]])
+    (bert / "whole").mkdir()
+    files = loaded(bert).files()
+    (bert / "whole" / "tokenizer.json").write_bytes(files["tokenizer.json"])
+    write(bert / "whole", tokenizer_config={"pad_token": "gone"})
+    with pytest.raises(TokenizerError, match="tokenizer.json has no padding token"):
+        loaded(bert / "whole").pad([[1, 2], [3]])
+    ids, mask = byte_level.pad([[1, 2], [], [3]], pad_token_id=7)
+    assert ids.tolist() == [[1, 2], [7, 7], [3, 7]] and mask.tolist() == [[1, 1], [0, 0], [1, 0]]
+    ids, mask = byte_level.pad([], pad_token_id=7)
+    assert ids.shape == mask.shape == (0, 0)
+    for wrong in (-1, 1.0, True, "7"):
+        with pytest.raises(TokenizerError, match="pad_token_id is .*; token ids are integers"):
+            byte_level.pad([[1]], pad_token_id=wrong)
+    for rows in (5, [5], ["ab"], [[1], [-1]], [[1.0]]):
+        with pytest.raises(TokenizerError, match="ids.* (must be a list|token ids are integers)"):
+            byte_level.pad(rows, pad_token_id=7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["decoder_layers", "encoder_layers"])
+def test_models_take_padded_texts(tmp_path: Path, side: str, kind: str) -> None:
+    tokenizer = train_tokenizer(TEXTS)
+    tokenizer.padding_side = side
+    torch.manual_seed(0)
+    values = {"model_type": "tilewise-transformer", "vocab_size": tokenizer.vocab_size,
+              "hidden_size": 16, "num_heads": 2, "ffn_size": 32, "max_positions": 160}  # fmt: skip
+    layers = {"decoder_layers": 0, "positions": "rotary"} | {kind: 2}
+    network = tilewise.build(tilewise.ModelConfig(**values | layers))  # type: ignore[arg-type]
+    tilewise.Model(network, tokenizer).save(tmp_path / "m")
+    model = tilewise.load(tmp_path / "m")
+    assert model.tokenizer is not None and model.tokenizer.padding_side == "right"
+    model.tokenizer.padding_side = side
+    rows = model.tokenizer.encode(TEXTS)
+    ids, mask = model.tokenizer.pad(rows)
+    assert (ids[mask == 0] == 0).all() and (mask == 0).any()
+    found = model(ids, mask).last_hidden_state
+    for row, states, real in zip(rows, found, mask.bool(), strict=True):
+        alone = model(torch.tensor([row])).last_hidden_state[0]
+        torch.testing.assert_close(states[real], alone, rtol=1e-5, atol=1e-5)
 
 
 # Damage

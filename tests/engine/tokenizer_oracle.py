@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tilewise.text import Tokenizer, load_tokenizer
 
 CORPUS = [
@@ -62,3 +64,10 @@ def assert_same_pairs(tokenizer: Tokenizer, oracle: Any) -> None:
     for (ids, types), pair in zip(tokenizer.encode_pairs(pairs), pairs, strict=True):
         expected = oracle(*pair, return_token_type_ids=True)
         assert (ids, types) == (expected["input_ids"], expected["token_type_ids"])
+
+
+def assert_same_padding(tokenizer: Tokenizer, oracle: Any, texts: list[str] = TEXTS) -> None:
+    expected = oracle(texts, padding=True, return_tensors="pt")
+    ids, mask = tokenizer.pad(tokenizer.encode(texts))
+    assert torch.equal(ids, expected["input_ids"]) and ids.dtype == torch.int64
+    assert torch.equal(mask, expected["attention_mask"]) and mask.dtype == torch.int64

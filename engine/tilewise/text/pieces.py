@@ -77,7 +77,7 @@ class PieceTokenizer(Tokenizer):
         settings: Mapping[str, Any],
         origin: str,
     ) -> None:
-        self._keep(origin, settings)
+        self._keep(origin, settings, "<pad>" if "<pad>" in numbering.specials else None)
         self._files = dict(files)
         self._numbering = numbering
         self._first, self._writer = processor(models[0]), processor(models[-1])

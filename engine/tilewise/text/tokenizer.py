@@ -12,9 +12,13 @@ from functools import cached_property
 from typing import Any
 
 import tokenizers
+import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from tilewise.errors import TokenizerError
+
+from .vocabularies import content
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SIDES = ("left", "right")
@@ -25,21 +29,31 @@ TRAINED_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
 class Tokenizer:
     """Encodes and decodes batches of text. Made by load_tokenizer or train_tokenizer.
 
-    padding_side, truncation_side: "left" or "right", as its tokenizer_config.json says; padding is
-    for whoever makes a batch.
+    padding_side, truncation_side: "left" or "right", as its tokenizer_config.json says.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, origin: str, settings: Mapping[str, Any] | None = None
     ) -> None:
-        backend.no_truncation()  # a tokenizer.json may ask for either; cutting text is for callers
+        padding = backend.padding or {}
+        backend.no_truncation()  # a tokenizer.json may ask for either; that is for callers
         backend.no_padding()
         self._backend = backend
-        self._keep(origin, settings)
+        self._keep(origin, settings, padding.get("pad_token"), padding.get("direction"))
 
-    def _keep(self, origin: str, settings: Mapping[str, Any] | None) -> None:
+    def _keep(
+        self,
+        origin: str,
+        settings: Mapping[str, Any] | None,
+        pad_token: str | None,
+        padding_side: str | None = None,
+    ) -> None:
+        """Keep the settings, and with them what they leave out of padding."""
         self._origin = origin
         self._settings = dict(settings or {})
+        for name, value in (("pad_token", pad_token), ("padding_side", padding_side)):
+            if value is not None and self._settings.get(name) is None:
+                self._settings[name] = value
         self.padding_side = side("padding_side", self._settings.get("padding_side") or "right")
         self.truncation_side = side(
             "truncation_side", self._settings.get("truncation_side") or "right"
@@ -53,6 +67,36 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token such as "</s>", None when the vocabulary lacks it."""
         return self._backend.token_to_id(token)
+
+    def special_token_id(self, role: str) -> int | None:
+        """The id of the token with a role such as "pad_token" or "mask_token" in
+        tokenizer_config.json; None when it names none, or one that the vocabulary lacks.
+        """
+        token = self._settings.get(role)
+        return None if token is None else self.token_to_id(content(token))
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], *, pad_token_id: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Lists of ids of any lengths as (input_ids, attention_mask), int64 [R, longest] each.
+
+        Shorter rows get padding at padding_side, where the mask is 0. pad_token_id: what stands
+        there; None: the tokenizer's padding token. Raises TokenizerError when it has none.
+        """
+        check_ids(rows)
+        pad = self.special_token_id("pad_token") if pad_token_id is None else pad_token_id
+        if pad is None:
+            raise TokenizerError(f"{self._origin} has no padding token: pass pad_token_id")
+        if type(pad) is not int or pad < 0:
+            raise TokenizerError(f"pad_token_id is {pad!r}; token ids are integers from 0")
+        longest = max(map(len, rows), default=0)
+        ids = torch.full((len(rows), longest), pad)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            at = slice(longest - len(row), None) if self.padding_side == "left" else slice(len(row))
+            ids[i, at] = torch.tensor(row, dtype=torch.int64)
+            mask[i, at] = 1
+        return ids, mask
 
     def encode(
         self,
@@ -196,6 +240,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
     backend.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", TRAINED_SPECIALS.index("</s>"))]
     )
+    backend.enable_padding(pad_id=0, pad_token="<pad>")  # which is where tokenizer.json has it
     return Tokenizer(backend, "the trained tokenizer")
 
 
@@ -284,6 +329,8 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def check_ids(ids: Sequence[Sequence[int]]) -> None:
+    if not isinstance(ids, Iterable):
+        raise TokenizerError(f"ids must be a list of lists, not {type(ids).__name__}")
     for row, tokens in enumerate(ids):
         if not isinstance(tokens, Sequence) or isinstance(tokens, str):
             raise TokenizerError(

@@ -121,6 +121,9 @@ def add_tokens(
             continue
         backend.add_special_tokens([added_token(value, special=True)])
         present.add(content(value))
+    pad = settings.get("pad_token")
+    if pad is not None and (index := backend.token_to_id(content(pad))) is not None:
+        backend.enable_padding(pad_id=index, pad_token=content(pad))
 
 
 def added_token(value: Any, **more: bool) -> AddedToken:
