@@ -159,18 +159,29 @@ class Model(nn.Module):
     ) -> list[list[list[scoring.Filling]]]:
         """For each text, for each mask token written in it, the likeliest tokens, best first.
 
-        mask_token_id: the tokenizer's [MASK] or <mask> when None. truncate: strings longer than the
-        model's positions are cut by the tokenizer. options: top_k, batch_tokens; see
-        tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
+        mask_token_id: None: the mask_token of the tokenizer's files, else [MASK] or <mask>.
+        truncate: strings longer than the model's positions are cut by the tokenizer. options:
+        top_k, batch_tokens; see tilewise.scoring.fill_mask. Raises ArgumentError, TokenizerError.
         """
         scoring.masked_model(self.network)
         if mask_token_id is None:
-            named = (self._need_tokenizer().token_to_id(name) for name in ("[MASK]", "<mask>"))
-            mask_token_id = next((token for token in named if token is not None), None)
-        if mask_token_id is None:
-            raise ArgumentError("the tokenizer has no [MASK] or <mask> token: pass mask_token_id")
+            mask_token_id = self._mask_token_id(texts)
         ids = self._ids("texts", texts, truncate=truncate)
         return scoring.fill_mask(self.network, ids, mask_token_id, **options)
+
+    def _mask_token_id(self, texts: object) -> int:
+        if self.tokenizer is None and not _are_strings(texts):
+            raise ArgumentError("mask_token_id is not given, and no tokenizer names it: pass it")
+        tokenizer = self._need_tokenizer()
+        found = [tokenizer.special_token_id("mask_token")]
+        found += [tokenizer.token_to_id(name) for name in ("[MASK]", "<mask>")]
+        known = [token for token in found if token is not None]
+        if not known:
+            raise ArgumentError(
+                "the tokenizer has no mask token: name one of its tokens as mask_token in "
+                "tokenizer_config.json, or in Python pass mask_token_id"
+            )
+        return known[0]
 
     def next_sentence(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """P that the second text of each pair follows the first. Raises ArgumentError."""
@@ -205,7 +216,7 @@ class Model(nn.Module):
             raise TokenizerError(
                 "text was given, but the model's folder has no tokenizer files (tokenizer.json, "
                 "vocab.txt, vocab.json with merges.txt, or a sentencepiece model); add them, or "
-                "pass token ids"
+                "in Python pass token ids"
             )
         return self.tokenizer
 

@@ -118,6 +118,45 @@ def test_fill_mask_without_masks(masked: Path, decoder: Path) -> None:
     assert done.exit_code == 1 and "holds no mask" in done.stderr
 
 
+NAMED: dict[str, Any] = {
+    "text": {"tokenizer_config": {"mask_token": "<blank>"}},
+    "table": {"tokenizer_config": {"mask_token": {"content": "<blank>", "__type": "AddedToken"}}},
+    "old": {"special_tokens_map": {"mask_token": {"content": "<blank>", "lstrip": True}}},
+    "lacking": {"tokenizer_config": {"mask_token": "<gone>"}},
+    "null": {"tokenizer_config": {"mask_token": None}},
+}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_fill_mask_by_the_name_in_the_files(tmp_path: Path, named: str) -> None:
+    """A folder with <blank> and <mask>, of which <blank> is the mask where a file says so."""
+    folder = made(tmp_path / "m", "<blank>", "<mask>", encoder_layers=1, masked_head="gelu")
+    for name, content in NAMED[named].items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    mask, other = ("<mask>", "<blank>") if named in ("lacking", "null") else ("<blank>", "<mask>")
+    model = tilewise.load(folder)
+    assert model.tokenizer is not None
+    token = model.tokenizer.token_to_id(mask)
+    found = lines_of(run("fill-mask", "--model", str(folder), f"half {mask}ast {other}"))
+    (expected,) = model.fill_mask([f"half {mask}ast {other}"], mask_token_id=token)
+    ids = [[filling.token for filling in each] for each in expected]
+    assert [[each["id"] for each in best] for best in found[0]["masks"]] == ids and len(ids) == 1
+    done = run("fill-mask", "--model", str(folder), f"half {other}ast")
+    assert done.exit_code == 1 and f"holds no mask, token {token}" in done.stderr
+
+
+def test_what_fill_mask_needs_is_named(tmp_path: Path) -> None:
+    folder = made(tmp_path / "m", encoder_layers=1, masked_head="gelu")
+    done = run("fill-mask", "--model", str(folder), "half")
+    assert done.exit_code == 1
+    assert "name one of its tokens as mask_token in tokenizer_config.json, or in" in done.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for command in ("fill-mask", "embed"):
+        done = run(command, "--model", str(folder), "half")
+        assert done.exit_code == 1 and "add them, or in Python pass token ids" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["embed", "fill-mask"])
 def test_long_texts_are_cut_when_asked(masked: Path, command: str) -> None:
     text = "[MASK]" + "half past three" * 4

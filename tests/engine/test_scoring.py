@@ -18,6 +18,7 @@ from tilewise.scoring.batches import by_tokens
 from tilewise.scoring.score import scored
 from tilewise.text import train_tokenizer
 
+MASKED = {"decoder_layers": 0, "encoder_layers": 2, "masked_head": "gelu", "output_bias": True}
 TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17], [5, 5, 5]]
 SIZES = {"hidden_size": 16, "num_heads": 2, "ffn_size": 20, "max_positions": 12}
 
@@ -176,7 +177,7 @@ def test_embeddings_do_not_depend_on_the_batch(kind: str) -> None:
 
 
 def test_fillings_are_the_best_of_the_masked_distribution() -> None:
-    network = made(decoder_layers=0, encoder_layers=2, masked_head="gelu", output_bias=True)
+    network = made(**MASKED)
     rows = [[3, 4, 7, 5], [4, 4], [6, 7, 8, 9, 4]]
     found = Model(network).fill_mask(rows, mask_token_id=4, top_k=3)
     assert [len(each) for each in found] == [1, 2, 1]
@@ -248,12 +249,13 @@ def test_few_shot_prompts_and_choices() -> None:
         (lambda m: few_shot_prompt("a", delimiter=None), "delimiter is None"),
         (lambda m: few_shot_prompt("a", None), "examples is None"),
         (lambda m: choose(m.score, "a", "bc"), "answers is str"),
-        (lambda m: m.score(["text"]), "no tokenizer"),
+        (lambda m: m.score(["text"]), "no tokenizer files; add them, or in Python"),
         (lambda m: m.score([[1, 2]], language="ro_RO"), "language is of a seq2seq model's"),
         (lambda m: m.embed([[]]), r"rows\[0\] is empty"),
         (lambda m: m.embed([[1]], pooling="max"), "pooling is 'max'"),
         (lambda m: m.embed([[1] * 13]), "13 tokens long"),
         (lambda m: m.fill_mask([[1]], mask_token_id=1), "no masked-token head"),
+        (lambda _: Model(made(**MASKED)).fill_mask([[1]]), "mask_token_id is not given, and no"),
     ],
 )
 def test_bad_input(call, match: str) -> None:
@@ -264,7 +266,7 @@ def test_bad_input(call, match: str) -> None:
 def test_long_texts_are_cut_when_asked() -> None:
     text = "abcdefgh" * 4  # 33 tokens with </s>, for 12 positions
     tokenizer = train_tokenizer([text])
-    network = made(decoder_layers=0, encoder_layers=2, masked_head="gelu", output_bias=True)
+    network = made(**MASKED)
     model = Model(network, tokenizer)
     with pytest.raises(ArgumentError, match="33 tokens long.*12 positions.*truncate=True"):
         model.embed([text])

@@ -179,7 +179,9 @@ def fill_mask(
     top_k: int,
     truncate: bool,
 ) -> None:
-    """The likeliest words behind the mask tokens ([MASK] or <mask>) in TEXTS.
+    """The likeliest words behind the mask tokens in TEXTS.
+
+    A mask token is what the tokenizer's files call mask_token, else [MASK] or <mask>.
 
     Prints {"text", "masks"} for each, with a list of {"token", "id", "probability"} for each mask.
     Without TEXTS or --file, standard input is read.

@@ -50,7 +50,10 @@ def as_ids(
         raise ArgumentError(f"{name} is {type(inputs).__name__}; pass a list of texts or of ids")
     if inputs and all(isinstance(each, str) for each in inputs):
         if tokenizer is None:
-            raise ArgumentError(f"{name} are texts and the model has no tokenizer; pass token ids")
+            raise ArgumentError(
+                f"{name} are texts, and the model's folder has no tokenizer files; add them, or in "
+                "Python pass token ids"
+            )
         return tokenizer.encode(inputs, max_length=max_length)  # type: ignore[arg-type]
     for i, row in enumerate(inputs):
         if isinstance(row, (str, bytes)) or not isinstance(row, Sequence):
