@@ -362,7 +362,7 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

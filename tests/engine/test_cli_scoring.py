@@ -278,6 +278,15 @@ def test_a_model_that_gives_nan_is_an_error(decoder: Path, tmp_path: Path, comma
     assert not (tmp_path / "new").exists()
 
 
+def test_convert_keeps_a_chat_template(decoder: Path, tmp_path: Path) -> None:
+    tilewise.load(decoder).save(tmp_path / "old")
+    (tmp_path / "old" / "chat_template.jinja").write_text("{{ messages }}")
+    done = run("convert", str(tmp_path / "old"), str(tmp_path / "new"))
+    assert done.exit_code == 0
+    assert (tmp_path / "new" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "chat_template.jinja" in (tmp_path / "new" / "sha256.json").read_text()
+
+
 def test_convert_of_a_folder_that_was_changed(decoder: Path, tmp_path: Path) -> None:
     tilewise.load(decoder).save(tmp_path / "mine")
     for target, code in (("first", 0), ("second", 1)):

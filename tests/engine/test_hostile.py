@@ -325,10 +325,14 @@ def test_a_chat_template_is_never_run(tmp_path: Path) -> None:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}"
         f"{{{{ cycler.__init__.__globals__.os.system('touch {sentinel}') }}}}"
     )
+    (folder / "tokenizer.json").write_bytes(tokenizer_json())
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": attack}))
     (folder / "chat_template.jinja").write_text(attack)
-    tilewise.load(folder)
+    model = tilewise.load(folder)
+    assert model.tokenizer is not None and model.tokenizer.encode(["ab"]) == [[4, 5, 2]]
+    model.save(tmp_path / "again")
     assert not sentinel.exists()
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == attack
 
 
 # A fuzzer of whole folders

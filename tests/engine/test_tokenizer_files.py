@@ -1,5 +1,6 @@
 """Vocabulary files: ids equal transformers' own, and damage is named."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenizer_oracle import (
 )
 
 import tilewise
-from tilewise.errors import TokenizerError
+from tilewise.errors import CheckpointError, TokenizerError
 from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
 
 BERT_WORDS = (
@@ -333,6 +334,60 @@ def test_models_take_padded_texts(tmp_path: Path, side: str, kind: str) -> None:
     for row, states, real in zip(rows, found, mask.bool(), strict=True):
         alone = model(torch.tensor([row])).last_hidden_state[0]
         torch.testing.assert_close(states[real], alone, rtol=1e-5, atol=1e-5)
+
+
+# Chat templates
+
+
+TEMPLATE = b"{% for m in messages %}{{ m['content'] }}\xe5\xb9\xb4\r\n{% endfor %}"
+
+
+@pytest.mark.parametrize("config", [{}, {"chat_template": "{{ messages }}"}], ids=str)
+def test_chat_templates_are_carried_along(bert: Path, config: dict[str, Any]) -> None:
+    import transformers
+
+    write(bert, tokenizer_config=config)
+    assert loaded(bert).chat_template is None and "chat_template.jinja" not in loaded(bert).files()
+    (bert / "chat_template.jinja").write_bytes(TEMPLATE)
+    again = reloaded(loaded(bert), bert / "again")
+    assert (bert / "again" / "chat_template.jinja").read_bytes() == again.chat_template == TEMPLATE
+    oracle = transformers.BertTokenizer.from_pretrained(bert / "again")
+    chat = [{"role": "user", "content": "half"}]
+    assert oracle.apply_chat_template(chat, tokenize=False) == "half\u5e74\n"
+    settings = json.loads((bert / "again" / "tokenizer_config.json").read_text())
+    assert settings.get("chat_template") == config.get("chat_template")
+
+
+def test_hostile_chat_templates(bert: Path) -> None:
+    template = bert / "chat_template.jinja"
+    template.write_bytes(b"\xff{" * 500_000)  # no UTF-8 and no template, and carried all the same
+    assert loaded(bert).files()["chat_template.jinja"] == template.read_bytes()
+    template.write_bytes(b"x" * 1_000_001)
+    with pytest.raises(TokenizerError, match="1,000,001 bytes; at most 1,000,000 are read"):
+        load_tokenizer(bert)
+    template.unlink()
+    template.symlink_to("/etc/passwd")
+    with pytest.raises(TokenizerError, match="chat_template.jinja is a link to .*, outside"):
+        load_tokenizer(bert)
+
+
+def test_all_files_of_tokenizers_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm",
+             "chat_template.jinja"]  # fmt: skip
+    others = ["pytorch_model.bin", "modeling.py", "README.md"]
+
+    def fetched(_: str, allow_patterns: list[str]) -> str:
+        assert list(filter_repo_objects([*files, *others], allow_patterns=allow_patterns)) == files
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    with pytest.raises(CheckpointError, match="config.json"):
+        tilewise.load("someone/something")
 
 
 # Damage

@@ -17,11 +17,12 @@ from tilewise.errors import CheckpointError, TokenizerError
 from tilewise.folders import existing_folder, find_file
 
 from .pieces import MARIAN, MODELS, load_pieces
-from .tokenizer import CONFIG, TOKENIZER, Tokenizer, reporting
+from .tokenizer import CHAT, CONFIG, TOKENIZER, Tokenizer, reporting
 from .vocabularies import byte_pair, content, word_piece
 
 VOCAB, MERGES, WORDS = "vocab.json", "merges.txt", "vocab.txt"
 MAX_FILE_BYTES = 200_000_000
+MAX_CHAT_BYTES = 1_000_000  # it stays in memory; those of large models have some 10,000
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
@@ -38,6 +39,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
     }
     if not there:
         return None
+    tokenizer = from_files(root, there)
+    if os.path.lexists(root / CHAT):
+        tokenizer.chat_template = readable(root / CHAT, MAX_CHAT_BYTES).read_bytes()
+    return tokenizer
+
+
+def from_files(root: Path, there: set[str]) -> Tokenizer:
     config = read_settings(root / CONFIG)
     if "added_tokens_decoder" not in config:
         config |= special_tokens(root)
@@ -128,7 +136,7 @@ def checked(backend: tokenizers.Tokenizer, origin: str, config: dict[str, Any]) 
     return tokenizer
 
 
-def readable(path: Path) -> Path:
+def readable(path: Path, most: int = MAX_FILE_BYTES) -> Path:
     """The path, once it is found safe to read: a link may lead where those of weights may."""
     try:
         found = find_file(existing_folder(path.parent), path.name)
@@ -136,6 +144,6 @@ def readable(path: Path) -> Path:
         raise TokenizerError(str(error)) from error
     if found is None:
         raise TokenizerError(f"{path} is missing. Put the tokenizer's file there")
-    if (size := found.stat().st_size) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    if (size := found.stat().st_size) > most:
+        raise TokenizerError(f"{path} has {size:,} bytes; at most {most:,} are read")
     return path

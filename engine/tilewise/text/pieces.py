@@ -161,7 +161,7 @@ class PieceTokenizer(Tokenizer):
             return [self._text(row, skip_special_tokens) for row in ids]
 
     def files(self) -> dict[str, bytes]:
-        return self._files | self._settings_file()
+        return self._files | self._side_files()
 
     def _ids(self, tokens: Sequence[str]) -> list[int]:
         ids, unknown = self._numbering.ids, self._numbering.ids[self._numbering.unknown]

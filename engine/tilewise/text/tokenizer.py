@@ -1,7 +1,7 @@
 """The tokenizer, on the `tokenizers` library, which does the work in Rust.
 
-It comes from files (files.py), or is trained here on texts. Written is tokenizer.json, and the
-tokenizer_config.json that it was read with.
+It comes from files (files.py), or is trained here on texts. Written is tokenizer.json, with the
+tokenizer_config.json and the chat_template.jinja that it was read with.
 """
 
 import json
@@ -20,7 +20,7 @@ from tilewise.errors import TokenizerError
 
 from .vocabularies import content
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, CONFIG, CHAT = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SIDES = ("left", "right")
 LANGUAGE = re.compile("[a-z]{2}_[A-Z]{2}")  # mBART's codes
 TRAINED_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3
@@ -30,7 +30,10 @@ class Tokenizer:
     """Encodes and decodes batches of text. Made by load_tokenizer or train_tokenizer.
 
     padding_side, truncation_side: "left" or "right", as its tokenizer_config.json says.
+    chat_template: its chat_template.jinja, kept for whoever saves it, and never rendered.
     """
+
+    chat_template: bytes | None = None
 
     def __init__(
         self, backend: tokenizers.Tokenizer, origin: str, settings: Mapping[str, Any] | None = None
@@ -217,10 +220,11 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of what load_tokenizer needs to make this tokenizer again."""
-        return {TOKENIZER: self._backend.to_str(pretty=True).encode()} | self._settings_file()
+        return {TOKENIZER: self._backend.to_str(pretty=True).encode()} | self._side_files()
 
-    def _settings_file(self) -> dict[str, bytes]:
-        return {CONFIG: json.dumps(self._settings, indent=2).encode()} if self._settings else {}
+    def _side_files(self) -> dict[str, bytes]:
+        config = {CONFIG: json.dumps(self._settings, indent=2).encode()} if self._settings else {}
+        return config | ({} if self.chat_template is None else {CHAT: self.chat_template})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
