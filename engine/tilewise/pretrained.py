@@ -183,9 +183,19 @@ class Model(nn.Module):
             )
         return known[0]
 
-    def next_sentence(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """P that the second text of each pair follows the first. Raises ArgumentError."""
-        return scoring.next_sentence(self.network, self._need_tokenizer().encode_pairs(pairs))
+    def next_sentence(
+        self, pairs: Sequence[tuple[str, str]], *, truncate: bool = False, **options: Any
+    ) -> list[float]:
+        """P that the second text of each pair follows the first.
+
+        truncate: pairs longer than the model's positions are cut by the tokenizer, the longer text
+        first. options: batch_tokens; see tilewise.scoring.next_sentence. Raises ArgumentError,
+        TokenizerError.
+        """
+        scoring.following_model(self.network)
+        longest = self.config.position_limit if truncate else None
+        found = self._need_tokenizer().encode_pairs(pairs, max_length=longest)
+        return scoring.next_sentence(self.network, found, **options)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, tokenizer and generation defaults, all or nothing.

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForNextSentencePrediction,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import tilewise
 from tilewise.config import ModelConfig
@@ -13,7 +19,7 @@ from tilewise.errors import ArgumentError, GenerationError, TokenizerError
 from tilewise.models import build
 from tilewise.models.stack import evaluating
 from tilewise.pretrained import Model
-from tilewise.scoring import Score, choose, embed, few_shot_prompt, perplexity, score
+from tilewise.scoring import Score, choose, embed, few_shot_prompt, next_sentence, perplexity, score
 from tilewise.scoring.batches import by_tokens
 from tilewise.scoring.score import scored
 from tilewise.text import train_tokenizer
@@ -142,9 +148,59 @@ def test_eval_mode_lasts_until_the_last_thread_is_out() -> None:
     "pairs", ["ab", ["ab", "cd"], [("a",)], [("a", "b", "c")], [("a", "b"), ("c",)], 5, [("a", 5)]]
 )
 def test_bad_pairs(pairs) -> None:
-    network = made(decoder_layers=0, encoder_layers=1, pooler=True, next_sentence=True)
+    network = made(**FOLLOWING)
     with pytest.raises(TokenizerError, match=r"pairs must be|pairs\[\d\] is|must be a string"):
         Model(network, train_tokenizer(["abc"])).next_sentence(pairs)
+
+
+FOLLOWING = {"decoder_layers": 0, "encoder_layers": 2, "pooler": True, "next_sentence": True}
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i j".split()
+SENTENCES = [
+    ("a b c", "d"), ("e", "f g h i j a b"), ("c c c c c c c c c", "d d d d d d d d d d"),
+    ("a", "a"), ("j i h g f", "e d c b a"), ("b", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 30, 4096])
+def test_pairs_run_together_as_they_do_alone(batch_tokens: int) -> None:
+    network = made(**FOLLOWING, token_types=2, pad_token_id=3)
+    rows = [(ids, [0] + [1] * (len(ids) - 1)) for ids in [*TEXTS, [3, 5, 3], list(range(12))]]
+    sizes: list[tuple[int, int]] = []
+    hook = network.embedding.register_forward_hook(
+        lambda _, given, __: sizes.append(given[0].shape)
+    )
+    found = next_sentence(network, rows, batch_tokens=batch_tokens)
+    hook.remove()
+    assert all(r * s <= batch_tokens or r == 1 for r, s in sizes)
+    assert sum(r for r, _ in sizes) == len(rows)
+    assert batch_tokens not in (1, 4096) or len(sizes) == (6 if batch_tokens == 1 else 1)
+    for (ids, types), probability in zip(rows, found, strict=True):
+        out = network(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+        alone = out.next_sentence_logits[0].softmax(-1)[0]
+        assert probability == pytest.approx(float(alone.detach()), abs=1e-6)
+    assert len({round(p, 3) for p in found}) == len(rows), "the pairs must differ"
+
+
+def test_next_sentence_is_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2,
+                        num_attention_heads=2, intermediate_size=20, max_position_embeddings=12,
+                        initializer_range=0.5)  # fmt: skip
+    theirs = BertForNextSentencePrediction(config).eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer, model = BertTokenizer.from_pretrained(tmp_path), tilewise.load(tmp_path)
+    for batch_tokens in (1, 30, 4096):
+        found = model.next_sentence(SENTENCES, truncate=True, batch_tokens=batch_tokens)
+        for (first, second), probability in zip(SENTENCES, found, strict=True):
+            given = tokenizer([first], [second], truncation="longest_first", max_length=12,
+                              return_tensors="pt")  # fmt: skip
+            with torch.no_grad():
+                expected = theirs(**given).logits[0].softmax(-1)[0]
+            assert probability == pytest.approx(float(expected), abs=1e-6)
+    with pytest.raises(ArgumentError, match=r"pairs\[2\] is 22 tokens .*12 pos.* truncate=True"):
+        model.next_sentence(SENTENCES)
+    assert model.next_sentence([]) == []
 
 
 def test_loss_of_transformers_is_the_mean(tmp_path: Path) -> None:
@@ -245,6 +301,13 @@ def test_few_shot_prompts_and_choices() -> None:
         (lambda m: score(m.network, [[1, 2]], [[30]]), r"contexts\[0\] holds the id 30"),
         (lambda m: embed(m.network, [[1, 30]]), r"rows\[0\] holds the id 30"),
         (lambda m: embed(m.network, [[1.5]]), "holds 1.5"),
+        (lambda m: m.next_sentence([("a", "b")]), "no next-sentence head"),
+        (
+            lambda m: next_sentence(made(**FOLLOWING, token_types=2), [([1, 2], [0])]),
+            r"pairs\[0\] has 2 ids and 1 token_type_ids",
+        ),
+        (lambda m: next_sentence(made(**FOLLOWING, token_types=2), [([1], [2])]), "holds the id 2"),
+        (lambda m: next_sentence(made(**FOLLOWING), [([1], [0])], batch_tokens=0), "batch_tokens"),
         (lambda m: few_shot_prompt(5), "query is 5"),
         (lambda m: few_shot_prompt("a", delimiter=None), "delimiter is None"),
         (lambda m: few_shot_prompt("a", None), "examples is None"),

@@ -160,6 +160,14 @@ def test_xlm_roberta(tmp_path: Path) -> None:
     assert_same(loaded(tmp_path), oracle, [*CORPUS, "", "half <mask> past"])
     (found,) = loaded(tmp_path).encode_pairs([("half", "past")])
     assert found[0] == oracle("half", "past")["input_ids"]
+    for side in ("left", "right"):
+        oracle.truncation_side = side
+        tokenizer = loaded(write(tmp_path, tokenizer_config={"truncation_side": side}))
+        for pair in (("half", "past"), ("half past", "a"), ("a", "half past"), (CORPUS[0], "a b")):
+            for length in range(5, 20):
+                (found,) = tokenizer.encode_pairs([pair], max_length=length)
+                cut = oracle(*pair, truncation="longest_first", max_length=length)
+                assert found == (cut["input_ids"], [0] * len(found[0]))
 
 
 @pytest.mark.parametrize("language", [None, "gl_ES"])

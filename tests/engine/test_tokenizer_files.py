@@ -222,6 +222,56 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 # Cutting
 
 
+PAIRS = [
+    (first, second)
+    for first in ("a", "the half past three", CORPUS[0], "x" * 30)
+    for second in ("of", "half past three", "in the afternoon", CORPUS[2])
+]
+PAIRED: dict[str, dict[str, Any]] = {
+    "BertTokenizer": {},
+    "RobertaTokenizer": {},
+    "GPT2Tokenizer": {},  # no template: the types are the library's own
+    "GPT2Tokenizer-bos": {"add_bos_token": True},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", PAIRED)
+def test_pairs_are_cut_longest_first(tmp_path: Path, kind: str, side: str) -> None:
+    import transformers
+
+    name = kind.partition("-")[0]
+    if name == "BertTokenizer":
+        (tmp_path / "vocab.txt").write_text("\n".join(BERT_WORDS))
+    else:
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        write_byte_level(tmp_path, specials if name[0] == "R" else ["<|endoftext|>"])
+    settings = PAIRED[kind] | {"truncation_side": side, "tokenizer_class": name}
+    write(tmp_path, tokenizer_config=settings)
+    tokenizer, oracle = loaded(tmp_path), getattr(transformers, name).from_pretrained(tmp_path)
+    longest = max(len(ids) for ids, _ in tokenizer.encode_pairs(PAIRS))
+    added = len(tokenizer.encode_pairs([("", "")])[0][0])
+    assert longest > 30 > added
+    for length in range(added + 1, longest + 2):
+        found = tokenizer.encode_pairs(PAIRS, max_length=length)
+        for pair, (ids, types) in zip(PAIRS, found, strict=True):
+            expected = oracle(
+                *pair, truncation="longest_first", max_length=length, return_token_type_ids=True
+            )
+            assert (ids, types) == (expected["input_ids"], expected["token_type_ids"]), length
+
+
+def test_no_room_for_pairs(bert: Path) -> None:
+    tokenizer = loaded(bert)
+    assert [len(ids) for ids, _ in tokenizer.encode_pairs([("a", ""), ("", "")])] == [4, 3]
+    half = BERT_WORDS.index("half")  # between [CLS], 2, and [SEP], 3
+    found = tokenizer.encode_pairs([("half past", "a")], max_length=4)
+    assert found == [([2, half, 3, 3], [0, 0, 0, 1])]
+    for length in (0, 3, 4.0, True):
+        with pytest.raises(TokenizerError, match="max_length is .* from 4"):
+            tokenizer.encode_pairs([("a", "a")], max_length=length)
+
+
 @pytest.mark.parametrize("length", [0, 2, -1, 2.0, True, "9"])
 def test_no_room_for_text(bert: Path, length: Any) -> None:
     with pytest.raises(TokenizerError, match="max_length is .* from 3"):

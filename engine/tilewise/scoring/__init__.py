@@ -3,7 +3,7 @@
 from .batches import as_ids
 from .embed import embed
 from .few_shot import Choice, choose, few_shot_prompt
-from .masked import Filling, fill_mask, masked_model, next_sentence
+from .masked import Filling, fill_mask, following_model, masked_model, next_sentence
 from .score import Score, perplexity, score
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "embed",
     "few_shot_prompt",
     "fill_mask",
+    "following_model",
     "masked_model",
     "next_sentence",
     "perplexity",

@@ -69,23 +69,42 @@ def fill_mask(
     return found
 
 
+def following_model(model: nn.Module) -> tuple[Encoder, nn.Module, nn.Module]:
+    """The model with its pooler and next-sentence head. Raises ArgumentError for one without."""
+    if not isinstance(model, Encoder) or model.pooler is None or model.next_sentence is None:
+        raise ArgumentError("the model has no next-sentence head; load a BertForPreTraining folder")
+    return model, model.pooler, model.next_sentence
+
+
 @torch.no_grad()
 def next_sentence(
-    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_tokens: int = 4096,
 ) -> list[float]:
     """P that the second text of each pair follows the first; pairs of (ids, token_type_ids).
 
-    Raises ArgumentError for a model without a next-sentence head. Source: Devlin et al. 2019.
+    batch_tokens: what runs together, padding included. Raises ArgumentError for a model without a
+    next-sentence head. Source: Devlin et al. 2019.
     """
-    if not isinstance(model, Encoder) or model.next_sentence is None:
-        raise ArgumentError("the model has no next-sentence head; load a BertForPreTraining folder")
-    check_rows("pairs", [ids for ids, _ in pairs], model.config)
-    device, found = model.embedding.tokens.weight.device, []
+    model, pooler, head = following_model(model)
+    rows, types = [ids for ids, _ in pairs], [types for _, types in pairs]
+    check_rows("pairs", rows, model.config)
+    for i, (row, own) in enumerate(zip(rows, types, strict=True)):
+        if len(row) != len(own):
+            raise ArgumentError(f"pairs[{i}] has {len(row)} ids and {len(own)} token_type_ids")
+    device = model.embedding.tokens.weight.device
+    found = [0.0] * len(rows)
+    pad = model.config.pad_token_id or 0
     with evaluating(model):
-        for ids, types in pairs:
-            out = model(
-                torch.tensor([ids], device=device),
-                token_type_ids=torch.tensor([types], device=device),
-            )
-            found.append(float(torch.softmax(out.next_sentence_logits[0].float(), -1)[0]))
+        for batch in by_tokens([len(row) for row in rows], batch_tokens):
+            ids, lengths = padded([rows[i] for i in batch], device, pad)
+            kinds, _ = padded([types[i] for i in batch], device)
+            real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            hidden, _, _ = model.encode(ids, real.long(), kinds)
+            logits = head(pooler(hidden[:, 0]).tanh())
+            values = torch.softmax(logits.float(), -1)[:, 0].tolist()
+            for i, value in zip(batch, values, strict=True):
+                found[i] = value
     return found

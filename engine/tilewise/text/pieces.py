@@ -25,6 +25,8 @@ from .tokenizer import (
     check_ids,
     check_pairs,
     check_texts,
+    cut,
+    pair_lengths,
     reporting,
     room_for_text,
     side,
@@ -105,11 +107,11 @@ class PieceTokenizer(Tokenizer):
     ) -> list[list[int]]:
         check_texts(texts)
         prefix, suffix = self._ids(self._numbering.prefix), self._ids(self._numbering.suffix)
-        cut = side("truncation_side", truncation_side or self.truncation_side)
+        end = side("truncation_side", truncation_side or self.truncation_side)
         rows = [self._pieces(text) for text in texts]
         if max_length is not None:
             room = room_for_text(max_length, len(prefix) + len(suffix))
-            rows = [row[:room] if cut == "right" else row[-room:] for row in rows]
+            rows = [cut(row, room, end) for row in rows]
         return [[*prefix, *row, *suffix] for row in rows]
 
     def encode_targets(
@@ -145,15 +147,21 @@ class PieceTokenizer(Tokenizer):
             found.append(([*prefix, *ids, *suffix], len(prefix) + first))
         return found
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, max_length: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
         check_pairs(pairs)
         prefix, suffix = self._ids(self._numbering.prefix), self._ids(self._numbering.suffix)
         between = self._ids(self._numbering.between)
-        rows = [
-            [*prefix, *self._pieces(first), *between, *self._pieces(second), *suffix]
-            for first, second in pairs
-        ]
-        return [(row, [0] * len(row)) for row in rows]
+        found = []
+        for first, second in ((self._pieces(a), self._pieces(b)) for a, b in pairs):
+            if max_length is not None:
+                room = room_for_text(max_length, len(prefix) + len(between) + len(suffix))
+                lengths = pair_lengths(len(first), len(second), room)
+                first = cut(first, lengths[0], self.truncation_side)
+                second = cut(second, lengths[1], self.truncation_side)
+            found.append([*prefix, *first, *between, *second, *suffix])
+        return [(row, [0] * len(row)) for row in found]
 
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         check_ids(ids)

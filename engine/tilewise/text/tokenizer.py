@@ -119,12 +119,12 @@ class Tokenizer:
         if max_length is None:
             with reporting(self._origin):
                 return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
-        cut = side("truncation_side", truncation_side or self.truncation_side)
+        end = side("truncation_side", truncation_side or self.truncation_side)
         room = room_for_text(max_length, self._backend.num_special_tokens_to_add(False))
         with reporting(self._origin):  # the library's own setting would outlast this call
             bare = self._backend.encode_batch(list(texts), add_special_tokens=False)
             for encoding in bare:
-                encoding.truncate(room, direction=cut)
+                encoding.truncate(room, direction=end)
             return [self._backend.post_process(encoding).ids for encoding in bare]
 
     def encode_targets(
@@ -198,15 +198,33 @@ class Tokenizer:
             found.append((encoding.ids, first))
         return found
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, max_length: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
         """Two texts as one sequence, by the tokenizer's template: (ids, token_type_ids).
 
-        Raises TokenizerError for anything but a list of pairs of strings.
+        max_length: longer pairs lose tokens at truncation_side, the longer text first, never the
+        special tokens that are added. Raises TokenizerError for anything but a list of pairs of
+        strings, and for a max_length without room for text.
         """
         check_pairs(pairs)
         with reporting(self._origin):
-            found = self._backend.encode_batch([tuple(pair) for pair in pairs])
-            return [(e.ids, e.type_ids) for e in found]
+            encodings = self._backend.encode_batch([tuple(pair) for pair in pairs])
+            added = self._backend.num_special_tokens_to_add(True)
+        if max_length is None:
+            return [(e.ids, e.type_ids) for e in encodings]
+        room = room_for_text(max_length, added)
+        return [self._shortened(encoding, room) for encoding in encodings]
+
+    def _shortened(self, pair: tokenizers.Encoding, room: int) -> tuple[list[int], list[int]]:
+        """Ids and types of a pair, of whose texts `room` tokens are left."""
+        of = pair.sequence_ids  # 0 and 1: the texts; None: a token that the template adds
+        first, second = ([i for i, text in enumerate(of) if text == which] for which in (0, 1))
+        lengths = pair_lengths(len(first), len(second), room)
+        kept = [i for i, text in enumerate(of) if text is None]
+        kept += cut(first, lengths[0], self.truncation_side)
+        kept += cut(second, lengths[1], self.truncation_side)
+        return [pair.ids[i] for i in sorted(kept)], [pair.type_ids[i] for i in sorted(kept)]
 
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """One text per list of ids. Ids that no token has, such as those of padded embedding rows,
@@ -296,6 +314,22 @@ def side(name: str, value: object) -> str:
     if value not in SIDES:
         raise TokenizerError(f"{name} is {value!r}; takes left or right")
     return str(value)
+
+
+def cut(row: list[int], length: int, side: str) -> list[int]:
+    """What is left of a row that loses its tokens past `length` at a side."""
+    return row[:length] if side == "right" else row[max(len(row) - length, 0) :]
+
+
+def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many of `room` tokens each of two texts keeps, the longer being cut first.
+
+    Of equally long ones the second keeps the odd token, as in the `tokenizers` library.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
 
 
 def room_for_text(max_length: int, added: int) -> int:
