@@ -22,6 +22,7 @@ from tilewise.errors import (
     GenerationError,
     TokenizerError,
 )
+from tilewise.text import train_tokenizer
 
 SHAPES: dict[str, dict] = {
     "untied": {
@@ -413,6 +414,21 @@ def test_text_problems_are_named(small: Path, talking: Path, changed: Path) -> N
     (changed / "merges.txt").unlink()
     with pytest.raises(TokenizerError, match="vocab.json"):
         tilewise.load(changed)
+
+
+def test_special_tokens_may_lack_an_embedding(changed: Path) -> None:
+    """As the <mask> of bart-large-cnn, whose tokenizer has one token more than its model."""
+    tokens = json.loads(train_tokenizer(["abc"]).files()["tokenizer.json"])
+    tokens["model"]["vocab"]["<mask>"] = 61
+    (changed / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(TokenizerError, match="62 tokens and the model only 61 embeddings"):
+        tilewise.load(changed)
+    tokens["added_tokens"].append(tokens["added_tokens"][0] | {"id": 61, "content": "<mask>"})
+    (changed / "tokenizer.json").write_text(json.dumps(tokens))
+    model = tilewise.load(changed)
+    assert len(model.score(["cab"])[0].tokens) == 3  # of four, </s> the last
+    with pytest.raises(ArgumentError, match="the id 61"):
+        model.score(["a<mask>"])
 
 
 def test_weights_of_nan_are_found_when_they_speak(changed: Path) -> None:
