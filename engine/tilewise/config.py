@@ -371,6 +371,8 @@ def usable_ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:
     no token has is never generated, so leaving it out, with a warning, changes nothing. Raises
     ConfigError for what is no id at all.
     """
+    if name == "pad_token_id" and value == -1:  # none, as sentencepiece and the first LLaMA say it
+        return ()
     several = isinstance(value, (list, tuple))
     ids: Any = value if several else () if value is None else (value,)
     for token in ids:

@@ -78,6 +78,17 @@ def test_a_tied_head_may_be_in_the_file_twice(kind: str, tokens: str, tmp_path: 
     assert torch.equal(tilewise.load(tmp_path)(IDS).logits, model(IDS).logits)
 
 
+def test_the_first_llamas_say_minus_one_for_no_padding(tmp_path: Path) -> None:
+    written("llama", tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / name
+        found = json.loads(path.read_text()) if path.exists() else {"num_beams": 2}
+        path.write_text(json.dumps(found | {"pad_token_id": -1}))
+    model = tilewise.load(tmp_path)
+    assert model.config.pad_token_id is None
+    assert model.generate(IDS, max_new_tokens=2).sequences.shape == (len(IDS), IDS.shape[1] + 2)
+
+
 def test_embeddings_of_a_projected_decoder(tmp_path: Path) -> None:
     """OPT-350M's states leave its stack at the size of its embeddings."""
     model = written("opt", tmp_path, word_embed_proj_dim=10, do_layer_norm_before=False)
