@@ -3,12 +3,17 @@
 Each process that imports torch takes seconds, so one run is asked for several things.
 """
 
+import dataclasses
 import json
 import os
+import pty
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ from click.testing import CliRunner, Result
 import tilewise
 from tilewise.cli import main
 from tilewise.config import ModelConfig
+from tilewise.generation.options import DEFAULT_NEW_TOKENS, GenerationOptions
 from tilewise.text import train_tokenizer
 from tilewise_kernels.bench_cases import CASES
 
@@ -199,6 +205,37 @@ def test_generate_continues_a_prompt(decoder_folder: Path) -> None:
     assert all(len(o["ids"]) == 5 for entry in document for o in entry["outputs"])
 
 
+@pytest.mark.parametrize("command", ["generate", "translate"])
+def test_help_shows_the_defaults_there_are(command: str) -> None:
+    text = " ".join(run(command, "--help").stdout.split())
+    assert "given are the model's own (generation_config.json), else as shown" in text
+    ours = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
+    ours |= {"max_new_tokens": DEFAULT_NEW_TOKENS, "num_beams": 1 if command == "generate" else 4}
+    checked = []
+    for option in main.commands[command].params:
+        shown = re.search(r"\[default: ([^],]*)", getattr(option, "help", None) or "")
+        if option.name in ours and shown:
+            assert shown[1] == str(ours[option.name]).lower()
+            checked.append(option.name)
+    assert len(checked) == (8 if command == "generate" else 7)
+
+
+def test_defaults_are_the_models_own(folder: Path, decoder_folder: Path, tmp_path: Path) -> None:
+    own = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "min_new_tokens": 5,
+           "length_penalty": 0.3}  # fmt: skip
+    for command, source in (("generate", decoder_folder), ("translate", folder)):
+        copy = shutil.copytree(source, tmp_path / command)
+        (copy / "generation_config.json").write_text(json.dumps(own))
+        beams = {"num_beams": 4, "num_return_sequences": 1} if command == "translate" else {}
+        expected = tilewise.load(source).generate(TEXTS, **own | beams)
+        document = one_json(run(command, "--model", str(copy), "--json", *TEXTS).stdout)
+        found = [output for entry in document for output in entry["outputs"]]
+        assert [output["text"] for output in found] == expected.texts
+        assert all(len(output["ids"]) == 5 for output in found)
+        scores = expected.sequences_scores.tolist()
+        assert [output["score"] for output in found] == pytest.approx(scores, abs=1e-5)
+
+
 def test_translate_wants_a_sequence_to_sequence_model(decoder_folder: Path) -> None:
     done = run("translate", "--model", str(decoder_folder), "hello")
     assert done.exit_code == 1 and "use tilewise generate" in done.stderr
@@ -285,6 +322,62 @@ def test_interruption_exits_130(tmp_path: Path) -> None:
         stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 130
     assert stdout == b"" and b"Traceback" not in stderr
+
+
+def on_terminal(*arguments: str, stdout: int | None) -> tuple[str, str]:
+    """(what a terminal of 80 columns gets, stdout): stderr goes there, None: stdout too."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TQDM_MININTERVAL": "0"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", MAIN, *arguments], stdin=subprocess.DEVNULL,
+        stdout=follower if stdout is None else stdout, stderr=follower, env=environment,
+    )  # fmt: skip
+    os.close(follower)
+    seen = b""
+    while select.select([leader], [], [], 60)[0]:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:  # Linux's end of a terminal
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    out = b"" if child.stdout is None else child.stdout.read()
+    assert child.wait(timeout=60) == 0
+    return seen.decode(), out.decode()
+
+
+def visible(raw: str) -> list[str]:
+    """The lines that stay on a terminal, where what follows a carriage return overwrites."""
+    lines = []
+    for line in raw.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_progress_counts_texts_on_a_terminal(decoder_folder: Path) -> None:
+    arguments = ("score", "--model", str(decoder_folder), "--device", "cpu", *TEXTS)
+    plain = run(*arguments)
+    assert re.fullmatch(r"perplexity [\d.]+ of 3 texts\n", plain.stderr)
+    seen, out = on_terminal(*arguments, stdout=subprocess.PIPE)
+    counts = [int(count) for count in re.findall(r"\r(\d+)text \[", seen)]
+    assert list(dict.fromkeys(counts)) == [0, 1, 2, 3]
+    assert visible(seen) == [plain.stderr.strip(), ""]
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["text"] for line in lines] == TEXTS
+
+
+def test_progress_and_results_on_one_terminal(folder: Path) -> None:
+    arguments = ("translate", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "8",
+                 "--num-beams", "4", *TEXTS)  # fmt: skip
+    seen, _ = on_terminal(*arguments, stdout=None)
+    assert re.findall(r" 1/3 \[", seen) and re.findall(r" 3/3 \[", seen)
+    assert visible(seen) == [*run(*arguments).stdout.splitlines(), ""]
 
 
 # -- info and bench ------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ def progress(items: Iterable[Any], total: int | None, unit: str) -> Any:
     return tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
+def print_line(line: str) -> None:
+    """A line on stdout; a progress bar on the same terminal makes room for it."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        click.echo(line)
+
+
 def read_texts(arguments: Sequence[str], file: str | None) -> list[str]:
     """The texts to work on: the arguments, or the lines of a file, or those of stdin ("-").
 

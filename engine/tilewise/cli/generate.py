@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import Command, print_json, progress, read_texts, usable_device
+from .console import Command, print_json, print_line, progress, read_texts, usable_device
 
 if TYPE_CHECKING:
     from ..pretrained import Model
@@ -17,15 +17,17 @@ SHARED_OPTIONS = (
     click.argument("texts", nargs=-1),
     click.option("--file", type=click.Path(exists=True, dir_okay=False, allow_dash=True),
                  help="Read texts from here, one a line; - is standard input."),
-    click.option("--max-new-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
-    click.option("--min-new-tokens", type=click.IntRange(0), help="Tokens to generate at least."),
+    click.option("--max-new-tokens", type=click.IntRange(1),
+                 help="Tokens to generate at most.  [default: 20]"),
+    click.option("--min-new-tokens", type=click.IntRange(0),
+                 help="Tokens to generate at least.  [default: 0]"),
     click.option("--length-penalty", type=float,
-                 help="Hypotheses are ranked by log-probability / length ** this."),
+                 help="Hypotheses are ranked by log-probability / length ** this.  [default: 1.0]"),
     click.option("--early-stopping", type=click.Choice(list(EARLY_STOPPING)),
-                 help="When a sentence's beams are done; as in transformers."),
+                 help="When a sentence's beams are done; as in transformers.  [default: false]"),
     click.option("--no-repeat-ngram-size", type=click.IntRange(0),
-                 help="No sequence of this many tokens twice; 0 = off."),
-    click.option("--repetition-penalty", type=float, help="Above 1: repeat less."),
+                 help="No sequence of this many tokens twice; 0 = off.  [default: 0]"),
+    click.option("--repetition-penalty", type=float, help="Above 1: repeat less.  [default: 1.0]"),
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
     click.option("--device", metavar="cpu|cuda|cuda:N", help="The GPU when there is one."),
     click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True,
@@ -102,10 +104,10 @@ def report(
         return
     for answer in found:
         if not answer["outputs"]:
-            click.echo()
+            print_line("")
         for output in answer["outputs"]:
             line = output["text"].replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-            click.echo(f"{output['score']:.4f}\t{line}" if scores else line)
+            print_line(f"{output['score']:.4f}\t{line}" if scores else line)
 
 
 @click.command(cls=Command)
@@ -115,8 +117,10 @@ def report(
     metavar="FOLDER|ID",
     help="A checkpoint folder, or a Hugging Face hub id.",
 )
-@click.option("--num-beams", type=click.IntRange(1), help="1 is greedy search.")
-@click.option("--num-return-sequences", type=click.IntRange(1), help="Sequences for each text.")
+@click.option("--num-beams", type=click.IntRange(1), help="1 is greedy search.  [default: 1]")
+@click.option(
+    "--num-return-sequences", type=click.IntRange(1), help="Sequences for each text.  [default: 1]"
+)
 @click.option(
     "--stop",
     "stop_strings",
@@ -140,7 +144,8 @@ def generate(
 ) -> None:
     """Continue TEXTS with a model.
 
-    Options that are not given are the model's own (generation_config.json), else as shown.
+    Options of the search that are not given are the model's own (generation_config.json),
+    else as shown.
 
     Prints what was generated, without the text itself, in the order of the texts: one line each
     (line breaks as \\n, backslashes as \\\\), more with --num-return-sequences. A blank text gives

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .console import Command, progress, read_records
+from .console import Command, print_line, progress, read_records
 from .generate import DTYPES, open_model
 
 Record = dict[str, str]
@@ -50,7 +50,7 @@ def print_answers(
             raise click.ClickException(
                 f"the model gives NaN or inf for {found['text'][:80]!r}: are its weights sound?"
             ) from error
-        click.echo(line)
+        print_line(line)
 
 
 def _answers(

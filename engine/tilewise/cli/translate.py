@@ -45,6 +45,9 @@ def translate(
 ) -> None:
     """Translate TEXTS, one line each, in their order.
 
+    Options of the search that are not given are the model's own (generation_config.json),
+    else as shown; --num-beams and --n-best are always as shown.
+
     Without TEXTS or --file, standard input is read. A blank text gives a blank line.
     """  # fmt: skip
     from ..errors import ArgumentError
