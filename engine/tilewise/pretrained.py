@@ -21,7 +21,7 @@ from .checkpoints import (
     verify_folder,
     write_folder,
 )
-from .checkpoints.copying import untied
+from .checkpoints.copying import read_copies, untied
 from .checkpoints.reading import WeightFiles, listed
 from .config import AnyConfig, ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
@@ -276,8 +276,9 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model only "
             f"{config.vocab_size} embeddings; put the model's own tokenizer there"
         )
-    rules = family.rules(config, names)
-    more = {"ignore": family.ignored(config, names), "tied": family.tied(config, names)}
+    tied = family.tied(config, names)
+    rules, tied = read_copies(family.rules(config, names), tied, names)
+    more = {"ignore": family.ignored(config, names), "tied": tied}
     with _Uninitialised(wanted, place):
         with torch.device("meta"):  # a config that asks too much is found before it is allocated
             check_weights(build(config).state_dict(), weights, rules, **more)

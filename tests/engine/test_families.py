@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import tilewise
 from tilewise.errors import ArgumentError
@@ -238,6 +239,27 @@ def test_saved_folder_is_transformers(raw: dict[str, Any], tmp_path: Path) -> No
     back = tilewise.load(tmp_path / "ours")
     assert back.config == ours.config
     for a, b in zip(back.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def is_tied(raw: dict[str, Any]) -> bool:
+    return raw.get("tie_word_embeddings", raw["model_type"] not in ("llama", "gpt_neox"))
+
+
+@pytest.mark.parametrize("raw", [c for c in SPEAKING + MASKED if is_tied(c.values[0])])
+def test_a_file_may_have_the_head_for_the_embedding(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Of two tied tensors some writers keep the one, some the other."""
+    theirs = saved(raw, tmp_path)
+    expected = tilewise.load(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = theirs.get_output_embeddings()
+    same = {name for name, tensor in tensors.items() if torch.equal(tensor, head.weight)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
+    (prefix,) = (name for name, module in theirs.named_modules() if module is head)
+    save_file(tensors | {f"{prefix}.weight": head.weight.detach()}, tmp_path / "model.safetensors")
+    found = tilewise.load(tmp_path)
+    assert same and found.config == expected.config
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -6,7 +6,7 @@ fill_weights streams the values into a new model, straight into its memory.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,18 @@ class WeightRule:
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """The sources' values, in order, of the target's: the way back."""
         return self.inverse(values) if self.inverse else (values,)
+
+
+def read_copies(
+    rules: Iterable[WeightRule], tied: Mapping[str, str], names: Collection[str]
+) -> tuple[list[WeightRule], dict[str, str]]:
+    """`rules` and `tied` for a file of these names, which may hold one of two tied tensors.
+
+    Some writers drop the embedding and keep the head; what reads the one then reads the other.
+    """
+    instead = {other: name for name, other in tied.items() if name in names and other not in names}
+    table = [replace(r, source=instead[r.source]) if r.source in instead else r for r in rules]
+    return table, {name: other for name, other in tied.items() if other not in instead}
 
 
 def check_weights(

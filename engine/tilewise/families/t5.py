@@ -25,6 +25,8 @@ from .fields import (
 from .tables import attention, first_of, linear
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
+TOKENS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HEAD = "lm_head.weight"
 SMALL = {
     "model_type": "t5",
     "architectures": ["T5ForConditionalGeneration"],
@@ -78,8 +80,9 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     tied = flag(raw, "tie_word_embeddings", True)
     scaled = kind != "mt5" and flag(raw, "scale_decoder_outputs", tied)
     alone = _encoder_alone(raw, names)
-    base, head = _class(kind) + "Model", "lm_head.weight"
-    has_logits = alone or tied or has_head(raw, names, base, head)
+    has_logits = alone or tied or has_head(raw, names, _class(kind) + "Model", HEAD)
+    # The head may also be all that a file of a tied model has of its embedding.
+    own_head = names is not None and HEAD in names and not names.isdisjoint(TOKENS)
     act, gated = _feed_forward(raw, "gated-gelu" if multilingual else "relu")
     return ModelConfig(
         model_type=kind,
@@ -102,7 +105,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         relative_buckets=count(raw, "relative_attention_num_buckets", 32),
         relative_distance=count(raw, "relative_attention_max_distance", 128),
         relative_by_layer=kind == "umt5",
-        tie_embeddings=alone or (tied if names is None else has_logits and head not in names),
+        tie_embeddings=alone or (tied if names is None else has_logits and not own_head),
         output_head=has_logits,
         output_scale=size**-0.5 if scaled and not alone else 1.0,
         dropout=number(raw, "dropout_rate", 0.1),
@@ -209,8 +212,7 @@ def _stack(config: ModelConfig, ours: str, theirs: str) -> list[WeightRule]:
 
 def _tokens(names: set[str] | None) -> str:
     """The embedding under the first of its names that the folder has."""
-    known = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return first_of(known, names)
+    return first_of(TOKENS, names)
 
 
 def ignored(config: ModelConfig, names: set[str]) -> set[str]:
@@ -221,5 +223,5 @@ def ignored(config: ModelConfig, names: set[str]) -> set[str]:
 def tied(config: ModelConfig, names: set[str]) -> dict[str, str]:
     """Names that may repeat another tensor of the file."""
     tokens = _tokens(names)
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return {name: tokens for name in copies if name != tokens}
+    heads = (HEAD,) if config.tie_embeddings and config.decoder_layers else ()
+    return {name: tokens for name in (*TOKENS[1:], *heads) if name != tokens}
