@@ -106,6 +106,8 @@ def test_embeddings_of_a_projected_decoder(tmp_path: Path) -> None:
         ("gpt_neox", {"rotary_pct": 1.5}),
         ("gpt_neox", {"num_attention_heads": 5}),
         ("gpt_neox", {"use_parallel_residual": 1}),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}),
+        ("llama", {"rope_scaling": {"type": "llama3"}}),
         ("bloom", {"n_head": 3}),
         ("bloom", {"n_head": 0}),
         ("openai-gpt", {"afn": "gelu_new"}),

@@ -105,6 +105,8 @@ def rotary_fields(raw: Raw, head_size: int, *, base: float = 10_000.0) -> dict[s
     part = number(found, "partial_rotary_factor", 1.0)
     if not 0 < part <= 1:
         raise ConfigError(f"partial_rotary_factor is {part}; it must be above 0 and at most 1")
+    if kind != "default" and "factor" not in found:
+        raise ConfigError(f"rope_type is {kind!r}; it needs a factor beside it")
     original = count(found, "original_max_position_embeddings", 8192)
     return {
         "positions": "rotary",
