@@ -22,17 +22,15 @@ from .checkpoints import (
     write_folder,
 )
 from .checkpoints.copying import read_copies, untied
-from .checkpoints.reading import WeightFiles, listed
+from .checkpoints.reading import GENERATION, PARAMS, WeightFiles, listed
 from .config import AnyConfig, ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
 from .generation import GenerationOutput, generate
+from .hub import fetch_headers, fetch_settings, fetch_weights
 from .models import ModelOutput, build
 from .scoring import Score
 from .text import Tokenizer, load_tokenizer
-
-GENERATION = "generation_config.json"
-PARAMS = "params.json"  # Meta's own config.json
 
 
 class Model(nn.Module):
@@ -251,25 +249,25 @@ def load(
 
     source: a folder with config.json (or Meta's params.json) and model.safetensors (or an index of
     shards, or Meta's consolidated.safetensors), and tokenizer files when there are any; "dates" is
-    the English to Japanese model that ships with tilewise. Anything else is taken for a hub id and
-    fetched by huggingface_hub, which honours HF_HUB_OFFLINE. dtype: what the weights are converted
-    to, piece by piece on their way into the model, so that loading takes little more memory than
-    the model. Weights with NaN or infinite values give a warning that names them, with
-    strict_finite an error. verify: first compare every file with the manifest that `save` wrote,
-    which reads them once more. Nothing is ever unpickled and no code of the folder runs. Raises
-    CheckpointError, ConfigError, TokenizerError.
+    the English to Japanese model that ships with tilewise. Anything else is taken for a hub id:
+    huggingface_hub fetches these files of its newest commit into its cache, no others, and honours
+    HF_HUB_OFFLINE. dtype: what the weights are converted to, piece by piece on their way into the
+    model, so that loading takes little more memory than the model. Weights with NaN or infinite
+    values give a warning that names them, with strict_finite an error. verify: first compare every
+    file with the manifest that `save` wrote, which reads them once more. Nothing is ever unpickled
+    and no code of the folder runs. Raises CheckpointError, ConfigError, TokenizerError.
     """
-    folder = _folder(source)
     wanted, place = _dtype(dtype), _device(device)
+    folder, hub_id = _folder(source)
+    if hub_id is not None:
+        family_of(_config(folder))  # no weights are fetched for a model that cannot be read
+        fetch_weights(hub_id, folder)
     if verify:
         verify_folder(folder)
     raw = _config(folder)
-    family = family_of(raw)
-    weights = open_weights(folder)
+    family, weights = family_of(raw), open_weights(folder)
     names = set(weights.tensors)
-    config = family.config_from(raw, names)
-    if _has_other_head(family.tied(config, names), weights):
-        config = family.config_from({**raw, "tie_word_embeddings": False}, names)
+    config = _configuration(raw, weights)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and not _fits(tokenizer, config.vocab_size):
         raise TokenizerError(
@@ -299,6 +297,15 @@ def _fits(tokenizer: Tokenizer, rows: int) -> bool:
     return not past or (len(past) <= 100 and not any(tokenizer.decode([[t] for t in past])))
 
 
+def _configuration(raw: Mapping[str, Any], weights: WeightFiles) -> AnyConfig:
+    """What config.json and the weights together ask for."""
+    family, names = family_of(raw), set(weights.tensors)
+    config = family.config_from(raw, names)
+    if _has_other_head(family.tied(config, names), weights):
+        return family.config_from({**raw, "tie_word_embeddings": False}, names)
+    return config
+
+
 def _has_other_head(tied: Mapping[str, str], weights: WeightFiles) -> bool:
     """Whether the file has a head of its own for a model whose config.json says that it is tied.
 
@@ -310,7 +317,7 @@ def _has_other_head(tied: Mapping[str, str], weights: WeightFiles) -> bool:
         if not is_head or not {name, tokens} <= weights.tensors.keys():
             continue
         if differ := untied(weights, name, tokens):
-            warnings.warn(f"{differ} by config.json; both are used as they are", stacklevel=3)
+            warnings.warn(f"{differ} by config.json; both are used as they are", stacklevel=4)
             return True
     return False
 
@@ -318,13 +325,20 @@ def _has_other_head(tied: Mapping[str, str], weights: WeightFiles) -> bool:
 def inspect(
     source: str | os.PathLike[str],
 ) -> tuple[AnyConfig, Mapping[str, TensorInfo]]:
-    """A checkpoint's configuration and what its files say of each tensor, without reading any.
+    """A checkpoint's configuration, as `load` uses it, and what its files say of each tensor.
 
-    source: as of `load`, whose errors it raises for folders that cannot be read.
+    source: as of `load`, whose errors it raises for what cannot be read. Only headers are read, and
+    two tensors where the weights hold a head of their own for a model that is tied by config.json:
+    whether it differs decides. Of a hub id whose weights are not in the cache the headers alone are
+    fetched, and config.json is taken at its word.
     """
-    folder = _folder(source)
-    raw, weights = _config(folder), open_weights(folder)
-    return family_of(raw).config_from(raw, set(weights.tensors)), weights.tensors
+    folder, hub_id = _folder(source)
+    raw = _config(folder)
+    family = family_of(raw)
+    if hub_id is not None and (tensors := fetch_headers(hub_id, folder)) is not None:
+        return family.config_from(raw, set(tensors)), tensors
+    weights = open_weights(folder)
+    return _configuration(raw, weights), weights.tensors
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -366,29 +380,21 @@ _CHANGES_OUTPUT = {
 _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 
 
-def _folder(source: str | os.PathLike[str]) -> Path:
+def _folder(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The source's folder; for a hub id one that may lack weights, and the id."""
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"source is {type(source).__name__}; pass a folder or a hub id")
     if not os.fspath(source):  # an unset variable of a script, not the working directory
         raise ArgumentError("source is empty; pass a folder or a hub id")
     path = Path(source)
     if source == "dates":  # a folder of that name is "./dates"
-        return Path(__file__).parent / "assets" / "dates"
+        return Path(__file__).parent / "assets" / "dates", None
     if os.path.isdir(path):  # unlike Path.is_dir it takes a name that is too long for none
-        return path
+        return path, None
     is_path = os.path.exists(path) or path.is_absolute() or str(source).startswith(".")
     if is_path or str(source).count("/") > 1:
         raise CheckpointError(f"there is no folder {source}; pass a checkpoint folder or a hub id")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source} is no folder here, and the hub gave none: {str(error).splitlines()[0]}"
-        ) from error
+    return fetch_settings(str(source)), str(source)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ RANK = {
     "models": 4,
     "families": 5,
     "generation": 6,
+    "hub": 6,
     "scoring": 6,
     "training": 6,
     "pretrained": 7,

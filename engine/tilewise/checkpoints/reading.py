@@ -28,6 +28,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONSOLIDATED = "consolidated.safetensors"  # Meta's name for weights in one file
+PARAMS = "params.json"  # and for config.json
+GENERATION = "generation_config.json"
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit; the index, which lists as much, shares it
@@ -58,7 +60,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. `begin` and `end` are bytes after the header."""
+    """What a header says of one tensor. `begin` and `end` are bytes after the header.
+
+    file: where it lies; for a header that was read on the hub "owner/name/file".
+    """
 
     file: Path
     dtype: torch.dtype
@@ -179,19 +184,20 @@ def open_weights(folder: str | os.PathLike[str]) -> WeightFiles:
         return WeightFiles(root, read_shards(root, index))
     if single := find_file(root, CONSOLIDATED):
         return WeightFiles(root, [WeightFile(single)])
-    raise CheckpointError(no_weights_message(root))
+    raise CheckpointError(no_weights_message(str(root), os.listdir(root), str(root)))
 
 
-def no_weights_message(root: Path) -> str:
-    message = f"{root} has no {WEIGHTS} and no {INDEX}"
-    pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+def no_weights_message(source: str, names: Iterable[str], target: str) -> str:
+    """Of a source that has files of these names, which transformers could convert into `target`."""
+    message = f"{source} has no {WEIGHTS} and no {INDEX}"
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if not pickles:
-        return f"{message}: is it the folder of a checkpoint?"
-    place = json.dumps(str(root), ensure_ascii=False)  # a Python literal too
-    code = (
+        return f"{message}: is it a checkpoint?"
+    here, there = (json.dumps(place, ensure_ascii=False) for place in (source, target))
+    code = (  # JSON's strings are Python literals too
         "from transformers import AutoModelForCausalLM; "
-        f"AutoModelForCausalLM.from_pretrained({place})"
-        f".save_pretrained({place}, safe_serialization=True)"
+        f"AutoModelForCausalLM.from_pretrained({here})"
+        f".save_pretrained({there}, safe_serialization=True)"
     )
     return (
         f"{message}, only {listed(pickles)}: pickle can run code and is never read here. "
@@ -237,14 +243,24 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, TensorInfo]]:
     """Where the data starts, and the tensors, from a header that is checked in full."""
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
+    length = header_length(path, size, file.read(8))
+    return 8 + length, parse_header(path, size, file.read(length))
+
+
+def header_length(path: Path, size: int, start: bytes) -> int:
+    """Bytes of the header, from the file's size and first 8 bytes."""
+    length = int.from_bytes(start, "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
         raise damaged(
             path,
             f"it has {size:,} bytes and says that its header has {length:,}, where "
             f"2 to {min(max(size - 8, 0), MAX_HEADER_BYTES):,} are possible",
         )
-    raw = file.read(length)
+    return length
+
+
+def parse_header(path: Path, size: int, raw: bytes) -> dict[str, TensorInfo]:
+    """The tensors of a file of `size` bytes whose header is `raw`."""
     if not raw.startswith(b"{"):
         raise damaged(path, f"its header starts with {raw[:1]!r}, not with '{{'")
     header = parse_object(path, raw)
@@ -252,8 +268,8 @@ def read_header(path: Path, file: BinaryIO) -> tuple[int, dict[str, TensorInfo]]
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(header):,} tensors; {MAX_TENSORS:,} is the most")
     tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
-    check_layout(path, tensors, size - 8 - length)
-    return 8 + length, tensors
+    check_layout(path, tensors, size - 8 - len(raw))
+    return tensors
 
 
 def check_metadata(path: Path, metadata: Any) -> None:
@@ -332,6 +348,17 @@ def check_layout(path: Path, tensors: dict[str, TensorInfo], data_size: int) -> 
 
 def read_shards(root: Path, index: Path) -> Iterator[WeightFile]:
     """Every shard; index and shards must tell the same story."""
+    for shard, names in listed_shards(index).items():
+        path = find_file(root, shard)
+        if path is None:
+            raise CheckpointError(f"{index} lists {shown(shard)}, which is missing: fetch it")
+        file = WeightFile(path)
+        check_same_names(root / shard, names, file.tensors.keys())
+        yield file
+
+
+def listed_shards(index: Path) -> dict[str, set[str]]:
+    """{file: its tensors} as an index has it; every file's name is a plain one."""
     weight_map = read_json(index, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "its weight_map is missing, empty or not an object")
@@ -341,13 +368,7 @@ def read_shards(root: Path, index: Path) -> Iterator[WeightFile]:
     for name, shard in weight_map.items():
         check_shard_name(index, name, shard)
         promised.setdefault(shard, set()).add(name)
-    for shard, names in sorted(promised.items()):
-        path = find_file(root, shard)
-        if path is None:
-            raise CheckpointError(f"{index} lists {shown(shard)}, which is missing: fetch it")
-        file = WeightFile(path)
-        check_same_names(root / shard, names, file.tensors.keys())
-        yield file
+    return dict(sorted(promised.items()))
 
 
 def check_shard_name(index: Path, name: str, shard: Any) -> None:

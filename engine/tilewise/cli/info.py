@@ -130,7 +130,7 @@ def _op_lines(told: list[dict[str, Any]]) -> list[str]:
 
 
 def describe(source: str) -> tuple["AnyConfig", dict[str, Any]]:
-    """What a checkpoint is: family, configuration, parameters by dtype; weights are not read."""
+    """What a checkpoint is: family, configuration, parameters by dtype; see pretrained.inspect."""
     from ..pretrained import inspect
 
     config, tensors = inspect(source)
@@ -154,8 +154,9 @@ def _said(config: "AnyConfig") -> dict[str, Any]:
 def info(model: str | None, as_json: bool) -> None:
     """Versions, the machine, and which implementation each op uses; or what MODEL is.
 
-    MODEL is a checkpoint folder or a Hugging Face hub id; its weights are not read. Of its
-    configuration the fields that differ from the defaults are shown; --json has all.
+    MODEL is a checkpoint folder or a Hugging Face hub id, of whose weights the headers alone are
+    fetched. Of its configuration the fields that differ from the defaults are shown; --json has
+    all.
     """
     if model is not None:
         config, told = describe(model)
