@@ -59,8 +59,8 @@ def fetch_weights(source: str, folder: Path) -> None:
 
 
 def fetch_headers(source: str, folder: Path) -> dict[str, TensorInfo] | None:
-    """What the headers of its weights say, none of their data fetched, the headers held to all that
-    open_weights holds them to; None when the weights are in fetch_settings' folder already.
+    """What the headers of the weights say, checked as open_weights does but for the library's own
+    opinion, no data fetched; None when fetch_settings' folder has the weights already.
     """
     names = _weight_files(source, folder)
     if _all_there(folder, names):
@@ -145,18 +145,17 @@ def _range(path: Path, url: str, begin: int, end: int) -> tuple[int, bytes]:
         | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"},
         "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
     }
-    if hasattr(session, "stream"):  # httpx, which huggingface_hub 1.0 came to from requests
+    if callable(session.stream):  # httpx, which huggingface_hub 1.0 came to from requests
         streamed = session.stream("GET", url, follow_redirects=True, **options)
     else:
         streamed = session.get(url, stream=True, **options)
     with streamed as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:  # a server without ranges sends the file from its start
-            return _size(path, response.headers.get("Content-Length")), _first(response, end)[
-                begin:
-            ]
-        said = response.headers.get("Content-Range", "")
-        return _size(path, said.rpartition("/")[2]), _first(response, end - begin)
+        if response.status_code == 206:
+            said = response.headers.get("Content-Range", "").rpartition("/")[2]
+            return _size(path, said), _first(response, end - begin)
+        said = response.headers.get("Content-Length")  # of all, which a server without ranges sends
+        return _size(path, said), _first(response, end)[begin:]
 
 
 def _size(path: Path, said: str | None) -> int:
