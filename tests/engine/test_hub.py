@@ -35,7 +35,13 @@ RAW = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SAVED = {"config.json", "model.safetensors", "sha256.json", "tokenizer.json"}
+SAVED = {
+    "config.json",
+    "model.safetensors",
+    "sha256.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -229,12 +235,16 @@ def test_load_fetches_what_it_reads(hub: Hub, repository: Path) -> None:
     (repository / "consolidated.safetensors").write_bytes((repository / WEIGHTS).read_bytes())
     shard_index = {"weight_map": {"x": "model-1.safetensors"}}  # open_weights takes the single file
     (repository / INDEX).write_text(json.dumps(shard_index))
+    (repository / "generation_config.json").write_text('{"num_beams": 3}')
+    (repository / "chat_template.jinja").write_text("{{ messages }}")
     model = tilewise.load(ID, verify=True)
-    assert hub.sent == sizes(repository, SAVED | {INDEX})
+    expected = sizes(repository, SAVED | {INDEX, "generation_config.json", "chat_template.jinja"})
+    assert hub.sent == expected
+    assert model.generation_defaults == {"num_beams": 3}
     assert same_model(model, tilewise.load(repository))
     assert model.tokenizer is not None and model.tokenizer.encode(["hub"])
     tilewise.load(ID)
-    assert hub.sent == sizes(repository, SAVED | {INDEX})  # nothing twice
+    assert hub.sent == expected  # nothing twice
 
 
 def test_load_fetches_the_shards_of_the_index(hub: Hub, repository: Path) -> None:
