@@ -301,7 +301,8 @@ def test_convert_of_a_folder_that_was_changed(decoder: Path, tmp_path: Path) -> 
     [
         ('{"text": 5}', "line 1 of -"),
         ('ok\n{"texts": "x"}', "line 2 of -"),
-        ('{"text": "a", "other": "b"}', "line 1 of -"),
+        ('{"text": "a", "context": 3}', 'line 1 of -: "context" is 3'),
+        ('{"text": "a", "id": NaN}', "line 1 of - is not JSON: NaN"),
         ("{broken", "is not JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],
@@ -309,3 +310,10 @@ def test_convert_of_a_folder_that_was_changed(decoder: Path, tmp_path: Path) -> 
 def test_bad_lines_are_named(decoder: Path, stdin: str | bytes, words: str) -> None:
     done = run("score", "--model", str(decoder), stdin=stdin)
     assert done.exit_code != 0 and words in done.stderr
+
+
+def test_other_fields_of_a_line_are_printed_again(decoder: Path) -> None:
+    given = {"id": 7, "tags": ["\u00e9", None, {"x": 1.5}], "text": "b a", "perplexity": "old"}
+    (line,) = lines_of(run("score", "--model", str(decoder), stdin=json.dumps(given)))
+    (plain,) = lines_of(run("score", "--model", str(decoder), "b a"))
+    assert line == given | plain and line["perplexity"] != "old"

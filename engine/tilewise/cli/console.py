@@ -123,13 +123,13 @@ def read_texts(arguments: Sequence[str], file: str | None) -> list[str]:
 
 def read_records(
     arguments: Sequence[str], file: str | None, fields: Sequence[str]
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """{"text": ...} of each argument, line of a file, or line of stdin ("-"), one at a time.
 
     Lines of a .jsonl file, and lines of stdin that start with a brace, are JSON objects with a
-    "text" and no other than the named fields, all strings. Blank lines are left out. Raises
-    UsageError when there is no or more than one source, ClickException naming the line that is
-    neither.
+    "text"; those of the named fields that they have are strings, and others are kept as they are.
+    Blank lines are left out. Raises UsageError when there is no or more than one source,
+    ClickException naming the line that is neither.
     """
     _check_source(arguments, file)
     if arguments:
@@ -144,7 +144,7 @@ def _check_source(arguments: Sequence[str], file: str | None) -> None:
         raise click.UsageError("give texts, --file FILE, or lines on standard input")
 
 
-def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:
+def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     with click.open_file(name, "rb") as stream:
         for number, raw in enumerate(stream, 1):
             try:
@@ -158,16 +158,20 @@ def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:
                 )
 
 
-def _record(line: str, where: str, fields: Sequence[str]) -> dict[str, str]:
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _record(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise click.ClickException(f"{where} is not JSON: {error}") from error
-    known = isinstance(found, dict) and "text" in found and found.keys() <= set(fields)
-    if not known or not all(isinstance(value, str) for value in found.values()):
-        raise click.ClickException(
-            f'{where} must be an object with a "text" and at most {", ".join(fields)}, all strings'
-        )
+    if not isinstance(found, dict) or "text" not in found:
+        raise click.ClickException(f'{where} must be a JSON object with a "text"')
+    for name in fields:
+        if not isinstance(found.get(name, ""), str):
+            raise click.ClickException(f'{where}: "{name}" is {found[name]!r}; it must be a string')
     return found
 
 

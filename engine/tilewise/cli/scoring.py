@@ -10,7 +10,7 @@ import click
 from .console import Command, print_line, progress, read_records
 from .generate import DTYPES, open_model
 
-Record = dict[str, str]
+Record = dict[str, Any]
 
 SHARED_OPTIONS = (
     click.argument("texts", nargs=-1),
@@ -87,17 +87,19 @@ def score(
     """Log-probabilities [nats] of TEXTS.
 
     Prints {"text", "log_prob", "tokens", "perplexity"} for each, and all texts' perplexity on
-    stderr. JSON lines may carry a "context" of their own. Without TEXTS or --file, standard input
+    stderr. JSON lines may carry a "context" of their own, and other fields, which are printed
+    again. Without TEXTS or --file, standard input
     is read.
     """
     from ..errors import ArgumentError
-    from ..scoring import Score, perplexity
+    from ..scoring.score import exp_or_inf
 
     given = read_records(texts, file, ("text", "context"))
     opened = open_model(model, device, dtype)
-    every: list[Score] = []
+    texts_scored, tokens_scored, total = 0, 0, 0.0  # of files of any size: sums, no lists
 
     def answer(batch: list[Record]) -> Iterator[dict[str, Any]]:
+        nonlocal texts_scored, tokens_scored, total
         contexts = [record.get("context", context) for record in batch]
         if opened.config.is_seq2seq and None in contexts:
             raise ArgumentError(
@@ -113,16 +115,19 @@ def score(
             stride=stride,
         )
         for record, each in zip(batch, found, strict=True):
-            every.append(Score([], each.log_probs))
+            texts_scored += 1
+            tokens_scored += len(each.log_probs)
+            total += each.total
             line = record | {"log_prob": each.total, "tokens": len(each.tokens)}
             line["perplexity"] = each.perplexity
             if tokens:
-                line |= {"ids": each.tokens, "token_log_probs": each.log_probs}  # type: ignore[dict-item]
+                line |= {"ids": each.tokens, "token_log_probs": each.log_probs}
             yield line
 
     print_answers(given, answer)
-    if any(each.log_probs for each in every):
-        click.echo(f"perplexity {perplexity(every):.4f} of {len(every)} texts", err=True)
+    if tokens_scored:
+        all_of_them = exp_or_inf(-total / tokens_scored)
+        click.echo(f"perplexity {all_of_them:.4f} of {texts_scored} texts", err=True)
 
 
 @click.command(cls=Command)

@@ -47,7 +47,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(-mean), infinite past the largest float."""
-        return _exp(-self.mean)
+        return exp_or_inf(-self.mean)
 
 
 def perplexity(scores: Sequence[Score]) -> float:
@@ -55,10 +55,11 @@ def perplexity(scores: Sequence[Score]) -> float:
     count = sum(len(score.log_probs) for score in scores)
     if not count:
         raise ArgumentError("scores hold no token; a text without context needs at least two")
-    return _exp(-math.fsum(score.total for score in scores) / count)
+    return exp_or_inf(-math.fsum(score.total for score in scores) / count)
 
 
-def _exp(value: float) -> float:
+def exp_or_inf(value: float) -> float:
+    """e ** value, infinite past the largest float."""
     try:
         return math.exp(value)
     except OverflowError:
