@@ -139,23 +139,20 @@ def _range(path: Path, url: str, begin: int, end: int) -> tuple[int, bytes]:
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    session: Any = get_session()
-    options = {
-        "headers": build_hf_headers()
-        | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"},
-        "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    }
-    if callable(session.stream):  # httpx, which huggingface_hub 1.0 came to from requests
-        streamed = session.stream("GET", url, follow_redirects=True, **options)
-    else:
-        streamed = session.get(url, stream=True, **options)
-    with streamed as response:
+    wanted = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream(
+        "GET",
+        url,
+        headers=build_hf_headers() | wanted,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        follow_redirects=True,
+    ) as response:
         hf_raise_for_status(response)
         if response.status_code == 206:
-            said = response.headers.get("Content-Range", "").rpartition("/")[2]
-            return _size(path, said), _first(response, end - begin)
-        said = response.headers.get("Content-Length")  # of all, which a server without ranges sends
-        return _size(path, said), _first(response, end)[begin:]
+            size = _size(path, response.headers.get("Content-Range", "").rpartition("/")[2])
+            return size, _first(response, end - begin)
+        # A server without ranges sends all of it.
+        return _size(path, response.headers.get("Content-Length")), _first(response, end)[begin:]
 
 
 def _size(path: Path, said: str | None) -> int:
@@ -166,9 +163,8 @@ def _size(path: Path, said: str | None) -> int:
 
 def _first(response: Any, count: int) -> bytes:
     """The first bytes of an answer, which then is hung up on."""
-    chunks = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
     found = bytearray()
-    for chunk in chunks(CHUNK):
+    for chunk in response.iter_bytes(CHUNK):
         found += chunk
         if len(found) >= count:
             break
