@@ -421,25 +421,6 @@ def test_hostile_chat_templates(bert: Path) -> None:
         load_tokenizer(bert)
 
 
-def test_all_files_of_tokenizers_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    files = ["tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "source.spm",
-             "chat_template.jinja"]  # fmt: skip
-    others = ["pytorch_model.bin", "modeling.py", "README.md"]
-
-    def fetched(_: str, allow_patterns: list[str]) -> str:
-        assert list(filter_repo_objects([*files, *others], allow_patterns=allow_patterns)) == files
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    with pytest.raises(CheckpointError, match="config.json"):
-        tilewise.load("someone/something")
-
-
 # Damage
 
 
