@@ -342,7 +342,14 @@ KINDS = ["config", "weights", "header", "index", "value", "tokenizer", "settings
 WORDS = b"[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\n##b\n"
 SETTINGS = {
     "generation_config.json": ["eos_token_id", "bad_words_ids", "suppress_tokens", "num_beams"],
-    "tokenizer_config.json": ["padding_side", "cls_token", "added_tokens_decoder", "do_lower_case"],
+    "tokenizer_config.json": [
+        "padding_side",
+        "cls_token",
+        "added_tokens_decoder",
+        "do_lower_case",
+        "pad_token",
+        "mask_token",
+    ],
     "special_tokens_map.json": ["unk_token", "additional_special_tokens"],
     "added_tokens.json": ["a", "[CLS]"],
 }

@@ -342,6 +342,38 @@ def test_padding_that_tokenizer_json_asks_for(bert: Path, config: dict[str, Any]
     assert [len(row) for row in tokenizer.encode(["half", "half past"])] == [3, 4]
 
 
+@pytest.mark.parametrize("named", ["model_type", "tokenizer_class"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_padding_that_goes_without_saying(tmp_path: Path, kind: str, named: str) -> None:
+    """As in the first folders of BERT and RoBERTa: tokenizer.json, and no file names a role."""
+    import transformers
+
+    if kind == "bert":
+        (tmp_path / "vocab.txt").write_text("\n".join(BERT_WORDS))
+    else:
+        write_byte_level(tmp_path, ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"])
+    write(tmp_path, config={"model_type": kind})
+    whole = loaded(tmp_path).files()["tokenizer.json"]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer.json").write_bytes(whole)
+    name = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}[kind]
+    if named == "model_type":
+        write(tmp_path / "m", config={"model_type": kind}, tokenizer_config={"model_max_length": 9})
+    else:
+        write(tmp_path / "m", tokenizer_config={"tokenizer_class": f"{name}Fast"})
+    tokenizer = loaded(tmp_path / "m")
+    oracle = getattr(transformers, name).from_pretrained(tmp_path / "m")
+    if kind == "gpt2":
+        assert oracle.pad_token is None
+        with pytest.raises(TokenizerError, match="has no padding token"):
+            tokenizer.pad([[1]])
+        return
+    assert_same_padding(tokenizer, oracle)
+    write(tmp_path / "m", tokenizer_config={"pad_token": None})
+    with pytest.raises(TokenizerError, match="has no padding token"):
+        loaded(tmp_path / "m").pad([[1]])
+
+
 def test_padding_without_a_token(byte_level: Tokenizer, bert: Path) -> None:
     with pytest.raises(TokenizerError, match="has no padding token: pass pad_token_id"):
         byte_level.pad([[1, 2], [3]])

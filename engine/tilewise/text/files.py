@@ -18,7 +18,7 @@ from tilewise.folders import existing_folder, find_file
 
 from .pieces import MARIAN, MODELS, load_pieces
 from .tokenizer import CHAT, CONFIG, TOKENIZER, Tokenizer, reporting
-from .vocabularies import byte_pair, content, word_piece
+from .vocabularies import PADDING, byte_pair, content, pad_with, word_piece
 
 VOCAB, MERGES, WORDS = "vocab.json", "merges.txt", "vocab.txt"
 MAX_FILE_BYTES = 200_000_000
@@ -52,7 +52,11 @@ def from_files(root: Path, there: set[str]) -> Tokenizer:
     if TOKENIZER in there:
         path = readable(root / TOKENIZER)
         with reporting(str(path)):
-            return checked(tokenizers.Tokenizer.from_buffer(path.read_bytes()), str(path), config)
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            unnamed = backend.padding is None and "pad_token" not in config
+            if unnamed and (kind := kind_of(root, config)) in PADDING:
+                pad_with(backend, PADDING[kind])
+            return checked(backend, str(path), config)
     if there & {*MARIAN, *MODELS}:
         names = MARIAN if there & {*MARIAN} else [name for name in MODELS if name in there][:1]
         wanted = [*names, VOCAB] if names == MARIAN else names

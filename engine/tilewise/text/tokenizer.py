@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tilewise.errors import TokenizerError
 
-from .vocabularies import content
+from .vocabularies import content, pad_with
 
 TOKENIZER, CONFIG, CHAT = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SIDES = ("left", "right")
@@ -262,7 +262,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
     backend.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", TRAINED_SPECIALS.index("</s>"))]
     )
-    backend.enable_padding(pad_id=0, pad_token="<pad>")  # which is where tokenizer.json has it
+    pad_with(backend, "<pad>")
     return Tokenizer(backend, "the trained tokenizer")
 
 

@@ -32,6 +32,12 @@ ROBERTA = {
     "cls_token": "<s>",
     "mask_token": "<mask>",
 }
+# Padding tokens that classes of transformers have by default, and files so may leave out.
+PADDING = {"bert": "[PAD]"} | dict.fromkeys(
+    ("roberta", "bart", "mbart", "mbart50", "camembert", "xlm-roberta", "xlmroberta")
+    + ("t5", "mt5", "umt5"),
+    "<pad>",
+)
 
 
 def word_piece(words: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -121,9 +127,14 @@ def add_tokens(
             continue
         backend.add_special_tokens([added_token(value, special=True)])
         present.add(content(value))
-    pad = settings.get("pad_token")
-    if pad is not None and (index := backend.token_to_id(content(pad))) is not None:
-        backend.enable_padding(pad_id=index, pad_token=content(pad))
+    if (pad := settings.get("pad_token")) is not None:
+        pad_with(backend, content(pad))
+
+
+def pad_with(backend: tokenizers.Tokenizer, token: str) -> None:
+    """Names the padding token where a tokenizer.json would, if the vocabulary has it."""
+    if (index := backend.token_to_id(token)) is not None:
+        backend.enable_padding(pad_id=index, pad_token=token)
 
 
 def added_token(value: Any, **more: bool) -> AddedToken:
