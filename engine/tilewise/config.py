@@ -78,6 +78,7 @@ class ModelConfig:
     token_types: int = 0  # kinds of segment, each with an embedding
     embedding_norm: bool = False
     scale_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    train_padding: bool = True  # False: pad_token_id as input gives its embedding no gradient
     share_embeddings: bool = True  # encoder and decoder have one matrix
     tie_embeddings: bool = True  # the output projection is the embedding matrix
     output_head: bool = True  # False: a decoder gives hidden states, and no logits

@@ -176,6 +176,7 @@ def seq2seq_fields(raw: Raw) -> dict[str, Any]:
         "max_positions": count(raw, "max_position_embeddings", 1024),
         "activation": activation(raw, "activation_function", "gelu"),
         "scale_embedding": flag(raw, "scale_embedding", False),
+        "train_padding": False,
         "dropout": number(raw, "dropout", 0.1),
     }
 

@@ -110,7 +110,10 @@ class Stack(nn.Module):
 def token_embedding(config: ModelConfig, *, target: bool = False) -> nn.Embedding:
     """The embedding matrix of a model, or of the second vocabulary of a seq2seq model."""
     rows = config.output_vocab_size if target else config.vocab_size
-    return nn.Embedding(rows, config.embedding_size or config.hidden_size)
+    padding = None if config.train_padding else config.pad_token_id
+    if padding is not None and padding >= rows:  # the other vocabulary's
+        padding = None
+    return nn.Embedding(rows, config.embedding_size or config.hidden_size, padding_idx=padding)
 
 
 _modes = Lock()
