@@ -91,6 +91,7 @@ def encoder_fields(raw: Raw, vocab_size: int) -> dict[str, Any]:
         "final_norm": False,
         "token_types": count(raw, "type_vocab_size", 2),
         "embedding_norm": True,
+        "train_padding": False,
         "tie_embeddings": flag(raw, "tie_word_embeddings", True),
         "dropout": number(raw, "hidden_dropout_prob", 0.1),
     }

@@ -153,10 +153,13 @@ def same_again(
 
 
 def _usual_as_none(config: ModelConfig) -> dict[str, Any]:
-    """Its fields, with None for as many key heads as heads, and for heads of the usual size."""
+    """Its fields, with None for as many key heads as heads, and for heads of the usual size.
+
+    Whether padding is trained is a family's own way, which no folder says.
+    """
     heads = None if config.kv_heads == config.num_heads else config.num_kv_heads
     size = None if config.head_dim == config.hidden_size / config.num_heads else config.head_dim
-    return replace(config, num_kv_heads=heads, head_dim=size).to_dict()
+    return replace(config, num_kv_heads=heads, head_dim=size, train_padding=True).to_dict()
 
 
 def seq2seq_fields(raw: Raw) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         norm_eps=number(raw, "rms_norm_eps", 1e-6),
         attention_bias=flag(raw, "attention_bias", False),
         ffn_bias=flag(raw, "mlp_bias", False),
+        train_padding=False,
         tie_embeddings=tied,
         output_head=tied or has_head(raw, names, "LlamaModel", "lm_head.weight"),
         **rotary_fields(raw, head_dim),

@@ -80,6 +80,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         ffn_bias=flag(raw, "mlp_bias", False),
         windows=windows(raw, layers),
         embedding_norm=True,
+        train_padding=False,
         tie_embeddings=flag(raw, "tie_word_embeddings", True),
         masked_head=activation(raw, "classifier_activation", "gelu") if masked else None,
         masked_head_bias=flag(raw, "classifier_bias", False) if masked else True,

@@ -68,6 +68,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         position_offset=2,
         position_count="mask",
         embedding_size=None if narrow == size else narrow,
+        train_padding=False,
         tie_embeddings=tied,
         output_head=tied or has_head(raw, names, "OPTModel", "lm_head.weight"),
         dropout=number(raw, "dropout", 0.1),

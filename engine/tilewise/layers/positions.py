@@ -57,7 +57,9 @@ class Embedding(nn.Module):
         self.register_buffer("table", None)
         rows = config.max_positions + config.position_offset
         if config.positions == "learned":
-            self.positions = nn.Embedding(rows, size)
+            fixed = config.position_count == "tokens" and not config.train_padding
+            padding = config.position_offset - 1 if fixed else None
+            self.positions = nn.Embedding(rows, size, padding_idx=padding)
         elif config.positions == "sinusoidal":
             on_meta = torch.get_default_device().type == "meta"  # then shapes are all there is
             table = torch.empty(rows, size) if on_meta else sinusoids(rows, size, config.sinusoid)
