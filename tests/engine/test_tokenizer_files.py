@@ -19,7 +19,7 @@ from tokenizer_oracle import (
 )
 
 import tilewise
-from tilewise.errors import CheckpointError, TokenizerError
+from tilewise.errors import TokenizerError
 from tilewise.text import Tokenizer, load_tokenizer, train_tokenizer
 
 BERT_WORDS = (
