@@ -387,7 +387,7 @@ def test_padding_without_a_token(byte_level: Tokenizer, bert: Path) -> None:
     assert ids.tolist() == [[1, 2], [7, 7], [3, 7]] and mask.tolist() == [[1, 1], [0, 0], [1, 0]]
     ids, mask = byte_level.pad([], pad_token_id=7)
     assert ids.shape == mask.shape == (0, 0)
-    for wrong in (-1, 1.0, True, "7"):
+    for wrong in (-1, 2**64, 1.0, True, "7"):
         with pytest.raises(TokenizerError, match="pad_token_id is .*; token ids are integers"):
             byte_level.pad([[1]], pad_token_id=wrong)
     for rows in (5, [5], ["ab"], [[1], [-1]], [[1.0]]):

@@ -90,7 +90,7 @@ class Tokenizer:
         pad = self.special_token_id("pad_token") if pad_token_id is None else pad_token_id
         if pad is None:
             raise TokenizerError(f"{self._origin} has no padding token: pass pad_token_id")
-        if type(pad) is not int or pad < 0:
+        if type(pad) is not int or not 0 <= pad < 2**32:
             raise TokenizerError(f"pad_token_id is {pad!r}; token ids are integers from 0")
         longest = max(map(len, rows), default=0)
         ids = torch.full((len(rows), longest), pad)
