@@ -424,13 +424,16 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Options from generation_config.json, else those old folders keep in config.json."""
-    if not os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
-        return _usable({name: raw[name] for name in _KEPT if name in raw}, vocab_size)
-    found = read_config(folder, GENERATION)
+    origin = GENERATION
+    if os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
+        found = read_config(folder, GENERATION)
+    else:
+        origin, names = "config.json", (*_KEPT, *sorted(_CHANGES_OUTPUT))
+        found = {name: raw[name] for name in names if name in raw}
     lost = sorted(_CHANGES_OUTPUT & {name for name, value in found.items() if value})
     if lost:
         warnings.warn(
-            f"{GENERATION} sets {', '.join(lost)}, which tilewise does not have: its output "
+            f"{origin} sets {', '.join(lost)}, which tilewise does not have: its output "
             "will differ",
             stacklevel=3,
         )
@@ -438,8 +441,9 @@ def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) 
 
 
 _KEPT = (
-    "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length",
-    "min_length", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens",
+    "num_beams", "num_return_sequences", "length_penalty", "early_stopping", "repetition_penalty",
+    "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens",
 )  # fmt: skip
 
 

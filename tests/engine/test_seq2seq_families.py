@@ -61,8 +61,9 @@ def same_text(ours: tilewise.Model, theirs: Any, **options: Any) -> list[list[in
         {"forced_bos_token_id": 0, "max_length": 9, "num_beams": 2},
         {"min_length": 6, "max_length": 11, "no_repeat_ngram_size": 2},
         {"bad_words_ids": [[2], [13], [5, 6]], "suppress_tokens": [20, 21, 1], "max_length": 8},
+        {"repetition_penalty": 3.0, "min_new_tokens": 5, "max_new_tokens": 9},
     ],
-    ids=["forced", "least", "banned"],
+    ids=["forced", "least", "banned", "penalised"],
 )
 def test_defaults_of_an_old_folder(defaults: dict[str, Any], beams: int, tmp_path: Path) -> None:
     """Old config.json files hold the options of generate, which newer ones keep apart."""
@@ -77,6 +78,13 @@ def test_defaults_of_an_old_folder(defaults: dict[str, Any], beams: int, tmp_pat
     tilewise.load(tmp_path).save(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert defaults.items() <= written.items() and written["forced_eos_token_id"] == 2
+
+
+def test_an_old_folder_that_samples_warns(tmp_path: Path) -> None:
+    folder_of(gpt2.SMALL | {"do_sample": True, "top_k": 5}, tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.warns(UserWarning, match="config.json sets do_sample, top_k"):
+        tilewise.load(tmp_path)
 
 
 @pytest.mark.parametrize(
