@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,6 +88,16 @@ def test_the_first_llamas_say_minus_one_for_no_padding(tmp_path: Path) -> None:
     model = tilewise.load(tmp_path)
     assert model.config.pad_token_id is None
     assert model.generate(IDS, max_new_tokens=2).sequences.shape == (len(IDS), IDS.shape[1] + 2)
+
+
+def test_of_two_ways_to_say_the_scaling_the_older_counts() -> None:
+    llama = FAMILIES["llama"]
+    both = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 55.0}
+    both |= {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}
+    config = llama.config_from(llama.SMALL | both)
+    theirs = transformers.LlamaConfig(**llama.SMALL | both).rope_parameters
+    assert (config.rotary_scaling, config.rotary_factor) == (theirs["rope_type"], theirs["factor"])
+    assert config.rotary_base == theirs["rope_theta"] == 55.0
 
 
 def test_embeddings_of_a_projected_decoder(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def rotary_fields(raw: Raw, head_size: int, *, base: float = 10_000.0) -> dict[s
     for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is {value!r}; it must be an object")
-    found = {**scaling, **nested}
+    found = dict(scaling or nested)  # transformers, too, takes the older one where both are there
     kind = found.get("rope_type", found.get("type", "default"))
     names = {"default": "none", "linear": "linear", "llama3": "llama3"}
     if not isinstance(kind, str) or kind not in names:
