@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,7 @@ def _configuration(raw: Mapping[str, Any], weights: WeightFiles) -> AnyConfig:
     family, names = family_of(raw), set(weights.tensors)
     config = family.config_from(raw, names)
     if _has_other_head(family.tied(config, names), weights):
-        return family.config_from({**raw, "tie_word_embeddings": False}, names)
+        return replace(config, tie_embeddings=False)
     return config
 
 

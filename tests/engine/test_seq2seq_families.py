@@ -182,6 +182,7 @@ def test_an_untied_marian_has_a_matrix_of_each_stack(kind: str, tmp_path: Path) 
 HEADS = [
     bart.SMALL, MBARTS[0], marian.SMALL, marian.EXAMPLES[1], gpt2.SMALL, bloom.SMALL,
     opt.SMALL, bert.SMALL | {"architectures": ["BertForMaskedLM"]}, roberta.SMALL, modernbert.SMALL,
+    t5.SMALL,
 ]  # fmt: skip
 
 
@@ -189,15 +190,10 @@ HEADS = [
 def test_a_tied_model_with_a_head_of_its_own(raw: dict[str, Any], tmp_path: Path) -> None:
     """transformers uses both tensors of such a file, and so do we; saved, the folder says so."""
     kind = type(folder_of(raw, tmp_path))
-    name = {
-        "bert": "cls.predictions.decoder",
-        "roberta": "lm_head.decoder",
-        "modernbert": "decoder",
-    }
     head = torch.randn(
         raw.get("decoder_vocab_size", 61), size_of(raw), generator=torch.Generator().manual_seed(1)
     )
-    rewrite(tmp_path, **{f"{name.get(raw['model_type'], 'lm_head')}.weight": head})
+    rewrite(tmp_path, **{head_of(raw): head})
     theirs = kind.from_pretrained(tmp_path).eval()
     with pytest.warns(UserWarning, match="differs from"):
         ours = tilewise.load(tmp_path)
@@ -208,6 +204,26 @@ def test_a_tied_model_with_a_head_of_its_own(raw: dict[str, Any], tmp_path: Path
         for other in (theirs, kind.from_pretrained(tmp_path / "ours").eval()):
             expected = other(ids, **more).logits
             torch.testing.assert_close(ours(ids, **more).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("raw", HEADS, ids=lambda raw: f"{raw['model_type']}")
+def test_a_stored_copy_of_the_embedding_is_no_head_of_its_own(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = folder_of(raw, tmp_path)
+    before = tilewise.load(tmp_path)
+    rewrite(tmp_path, **{head_of(raw): theirs.get_output_embeddings().weight.detach().clone()})
+    after = tilewise.load(tmp_path)
+    assert after.config.tie_embeddings and after.config == before.config
+
+
+def head_of(raw: dict[str, Any]) -> str:
+    own = {
+        "bert": "cls.predictions.decoder",
+        "roberta": "lm_head.decoder",
+        "modernbert": "decoder",
+    }
+    return f"{own.get(raw['model_type'], 'lm_head')}.weight"
 
 
 def size_of(raw: dict[str, Any]) -> int:

@@ -71,7 +71,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     """Our configuration of a T5 config.json; raises ConfigError for what it cannot mean.
 
     transformers 5 writes tie_word_embeddings true for every T5, whose older meaning is then in
-    scale_decoder_outputs, so a head of its own is one that the folder holds.
+    scale_decoder_outputs: without it a head that the folder holds is one of its own.
     """
     kind = raw["model_type"]
     multilingual = kind != "t5"
@@ -81,7 +81,7 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
     scaled = kind != "mt5" and flag(raw, "scale_decoder_outputs", tied)
     alone = _encoder_alone(raw, names)
     has_logits = alone or tied or has_head(raw, names, _class(kind) + "Model", HEAD)
-    # The head may also be all that a file of a tied model has of its embedding.
+    # A scaled model's head may be a copy, or all that the file has of the embedding.
     own_head = names is not None and HEAD in names and not names.isdisjoint(TOKENS)
     act, gated = _feed_forward(raw, "gated-gelu" if multilingual else "relu")
     return ModelConfig(
@@ -105,7 +105,8 @@ def config_from(raw: Raw, names: set[str] | None = None) -> ModelConfig:
         relative_buckets=count(raw, "relative_attention_num_buckets", 32),
         relative_distance=count(raw, "relative_attention_max_distance", 128),
         relative_by_layer=kind == "umt5",
-        tie_embeddings=alone or (tied if names is None else has_logits and not own_head),
+        tie_embeddings=alone
+        or (tied if names is None else has_logits and (scaled or not own_head)),
         output_head=has_logits,
         output_scale=size**-0.5 if scaled and not alone else 1.0,
         dropout=number(raw, "dropout_rate", 0.1),
