@@ -374,9 +374,8 @@ def _report_odd(folder: Path, names: list[str], dtype: torch.dtype, strict: bool
     warnings.warn(text, stacklevel=3)
 
 
-_CHANGES_OUTPUT = {
-    "begin_suppress_tokens", "do_sample", "encoder_no_repeat_ngram_size", "sequence_bias", "top_k",
-    "top_p", "temperature",
+_CHANGES_OUTPUT = {  # temperature and its like only when do_sample is set
+    "begin_suppress_tokens", "do_sample", "encoder_no_repeat_ngram_size", "sequence_bias",
 }  # fmt: skip
 _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
 

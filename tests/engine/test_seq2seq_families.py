@@ -4,6 +4,7 @@ Shapes are those of the families' own examples; transformers is the reference.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ def test_defaults_of_an_old_folder(defaults: dict[str, Any], beams: int, tmp_pat
 
 
 def test_an_old_folder_that_samples_warns(tmp_path: Path) -> None:
-    folder_of(gpt2.SMALL | {"do_sample": True, "top_k": 5}, tmp_path)
+    raw = gpt2.SMALL | {"do_sample": True, "top_k": 5}
+    folder_of(raw, tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    with pytest.warns(UserWarning, match="config.json sets do_sample, top_k"):
+    with pytest.warns(UserWarning, match="config.json sets do_sample, which"):
+        tilewise.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"do_sample": False}))  # top_k is idle
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         tilewise.load(tmp_path)
 
 
