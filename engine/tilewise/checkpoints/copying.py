@@ -6,6 +6,7 @@ fill_weights streams the values into a new model, straight into its memory.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from tilewise.checkpoints.reading import TensorInfo, WeightFiles, described, listed, shown
 from tilewise.errors import CheckpointError
+
+READERS = 2  # threads: most time goes to mapping the pages of new memory, which they share
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,30 @@ def fill_weights(
     """Streams the file into `target`, a new model's tensors, which check_weights has passed.
 
     Floating-point values are cast to the target's dtype. Returns the names, as the file has them,
-    of tensors with NaN or infinite values once they are of that dtype. Memory grows by one piece
-    and by the sources of the largest rule with a transform. Raises CheckpointError when reading
-    fails, the target half filled.
+    of tensors with NaN or infinite values once they are of that dtype. Memory grows, for each of
+    READERS, by one piece and by the sources of the largest rule with a transform. Raises
+    CheckpointError when reading fails, the target half filled.
     """
     table = [(target[rule.target], rule) for rule in rules]
-    # One stage for all: mapping the pages of new memory takes longer than reading into it.
     sizes = [
         want.itemsize * sum(math.prod(weights.tensors[name].shape) for name in rule.sources)
         for want, rule in table
         if staged(want, rule)
     ]
-    stage = torch.empty(max(sizes, default=0), dtype=torch.uint8, device="cpu")
-    odd: dict[str, None] = {}
-    with torch.no_grad():
-        for want, rule in table:
-            fill(want, weights, rule, stage)
-            if not finite(want):
-                odd |= dict.fromkeys(odd_sources(want.dtype, weights, rule))
-    return list(odd)
+    most = max(sizes, default=0)
+    stages = [torch.empty(most, dtype=torch.uint8, device="cpu") for _ in range(READERS)]
+
+    @torch.no_grad()
+    def filled(line: tuple[Tensor, WeightRule]) -> list[str]:
+        want, rule = line
+        stage = stages.pop()
+        fill(want, weights, rule, stage)
+        stages.append(stage)
+        return [] if finite(want) else odd_sources(want.dtype, weights, rule)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        odd = [name for names in pool.map(filled, table) for name in names]
+    return list(dict.fromkeys(odd))
 
 
 def staged(want: Tensor, rule: WeightRule) -> bool:
@@ -142,7 +150,7 @@ def staged(want: Tensor, rule: WeightRule) -> bool:
 
 
 def fill(want: Tensor, weights: WeightFiles, rule: WeightRule, stage: Tensor) -> None:
-    """One line of the table. `stage`: room for the sources, in bytes, which the next overwrites."""
+    """One line of the table. `stage`: bytes of room for its sources, which the next overwrites."""
     shapes = [weights.tensors[name].shape for name in rule.sources]
     sizes = [math.prod(shape) for shape in shapes]
     moved = staged(want, rule)

@@ -94,11 +94,10 @@ class WeightFile:
 
     def read_into(self, begin: int, room: torch.Tensor) -> None:
         """Fills `room`, contiguous on the CPU, from byte `begin` of the data on."""
-        left = room.view(-1).view(torch.uint8).numpy().data
+        left, at = room.view(-1).view(torch.uint8).numpy().data, self._start + begin
         with reading(self.path):
-            self._file.seek(self._start + begin)
-            while left and (count := self._file.readinto(left)):
-                left = left[count:]
+            while left and (count := os.preadv(self._file.fileno(), [left], at)):
+                left, at = left[count:], at + count
             if left or self._now() != self._stamp:
                 raise CheckpointError(f"{self.path} changed while loading. Load again")
 
