@@ -171,11 +171,23 @@ class HarnessModel(LM):
         rows = self._prompts(prompts, room)
         until = [until] if isinstance(until, str) else until
         stops = [text for text in until if text]
-        out = self._model.generate(rows, stop_strings=stops, **options)
+        early = stops if is_seq2seq else self._not_begun(stops, rows)
+        out = self._model.generate(rows, stop_strings=early, **options)
         starts = [1 if is_seq2seq else len(row) for row in rows]
         found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
         texts = self._tokenizer.decode([row[start:end] for row, start, end in found])
         return [_cut(text, stops) for text in texts]
+
+    def _not_begun(self, stops: list[str], rows: list[list[int]]) -> list[str]:
+        """Those at which generate may end: it counts one that a prompt begins, the harness none."""
+        prompts = self._tokenizer.decode(rows, skip_special_tokens=False)
+        begun = {
+            stop
+            for stop in stops
+            for n in range(1, len(stop))
+            if any(prompt.endswith(stop[:n]) for prompt in prompts)
+        }
+        return [stop for stop in stops if stop not in begun]
 
     def _prompts(self, texts: list[str], room: int) -> list[list[int]]:
         """Ids of contexts, their ends where they are longer than `room`; an empty one starts."""

@@ -240,6 +240,18 @@ def test_generation_stops(harness: types.ModuleType, kind: str) -> None:
     assert cut > 5, "stops must be among them"
 
 
+def test_a_stop_that_begins_in_the_context_is_none(harness: types.ModuleType) -> None:
+    """As in the harness' own Hugging Face model, which reads the continuation alone."""
+    ours = harness.HarnessModel(made(["$A"], max_positions=40))
+    contexts = ["abc", "cab", "hhd", "dcba"]
+    plain = ours.generate_until([asked(context, {"max_gen_toks": 9}) for context in contexts])
+    for context, whole in zip(contexts, plain, strict=True):
+        over, inside = context[-1] + whole[0], whole[4:6]
+        found = ours.generate_until([asked(context, {"max_gen_toks": 9, "until": [over, inside]})])
+        ends = [place for stop in (over, inside) if (place := whole.find(stop)) >= 0]
+        assert found == [whole[: min(ends, default=len(whole))]], (context, over)
+
+
 def test_bad_input(harness: types.ModuleType) -> None:
     model, made_of = made(["$A"]), harness.HarnessModel
     with pytest.raises(TokenizerError, match="no tokenizer"):
