@@ -122,7 +122,7 @@ def test_a_letter_of_two_tokens_is_complete_with_the_second(tmp_path: Path) -> N
 
 def test_bad_stop_strings(tmp_path: Path) -> None:
     model = tilewise.load(folder(tmp_path, 0))
-    for bad in ("", [""], [3], 3, ["a", None]):
+    for bad in ("", [""], [3], 3, ["a", None], b"a", "a\ud800"):
         with pytest.raises(ArgumentError, match="stop_strings is"):
             model.generate([[1]], stop_strings=bad)
     with pytest.raises(ArgumentError, match="stop_strings need a tokenizer"):

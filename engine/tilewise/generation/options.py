@@ -148,10 +148,20 @@ def _check(options: GenerationOptions, config: AnyConfig) -> None:
     for word in options.bad_words_ids:
         _tokens("bad_words_ids", word or None, vocab)
     texts = options.stop_strings
-    if not isinstance(texts, tuple) or not all(isinstance(t, str) and t for t in texts):
-        raise ArgumentError(f"stop_strings is {texts!r}; pass a list of texts that are not empty")
+    if not isinstance(texts, tuple) or not all(_is_text(text) for text in texts):
+        raise ArgumentError(
+            f"stop_strings is {texts!r}; pass a list of texts that are not empty, nor have lone "
+            "surrogates"
+        )
     if len(set(options.eos_token_id)) != len(options.eos_token_id):
         raise ArgumentError(f"eos_token_id is {options.eos_token_id}; name each id once")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that is not empty and that UTF-8 can say."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _tokens(name: str, ids: object, vocab: int) -> None:
