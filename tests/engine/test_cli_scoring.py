@@ -303,6 +303,7 @@ def test_convert_of_a_folder_that_was_changed(decoder: Path, tmp_path: Path) -> 
         ('ok\n{"texts": "x"}', "line 2 of -"),
         ('{"text": "a", "context": 3}', 'line 1 of -: "context" is 3'),
         ('{"text": "a", "id": NaN}', "line 1 of - is not JSON: NaN"),
+        ('{"text": "a", "id": -1e999}', "line 1 of - is not JSON: -1e999 is no finite number"),
         ("{broken", "is not JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],

@@ -1,6 +1,7 @@
 """How the commands talk: exit codes, errors in one line, one JSON document, texts in and out."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -158,20 +159,25 @@ def _records(name: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
                 )
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _finite(number: str) -> float:
+    """A number of JSON, or one of the constants that Python adds to it."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:80]} is no finite number")
+    return value
 
 
 def _record(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
     try:
-        found = json.loads(line, parse_constant=_no_constant)
+        found = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise click.ClickException(f"{where} is not JSON: {error}") from error
     if not isinstance(found, dict) or "text" not in found:
         raise click.ClickException(f'{where} must be a JSON object with a "text"')
     for name in fields:
         if not isinstance(found.get(name, ""), str):
-            raise click.ClickException(f'{where}: "{name}" is {found[name]!r}; it must be a string')
+            given = repr(found[name])[:80]
+            raise click.ClickException(f'{where}: "{name}" is {given}; it must be a string')
     return found
 
 
