@@ -390,9 +390,17 @@ def test_padding_without_a_token(byte_level: Tokenizer, bert: Path) -> None:
     for wrong in (-1, 2**64, 1.0, True, "7"):
         with pytest.raises(TokenizerError, match="pad_token_id is .*; token ids are integers"):
             byte_level.pad([[1]], pad_token_id=wrong)
-    for rows in (5, [5], ["ab"], [[1], [-1]], [[1.0]]):
+    for rows in (5, [5], ["ab"], [b"ab"], b"ab", {(1, 2): 3}, [[1], [-1]], [[1.0]]):
         with pytest.raises(TokenizerError, match="ids.* (must be a list|token ids are integers)"):
             byte_level.pad(rows, pad_token_id=7)
+    for function in (byte_level.pad, byte_level.decode):
+        with pytest.raises(TokenizerError, match="ids must be a list of lists, not generator"):
+            function(row for row in [[1], [2, 3]])
+    write(bert / "whole", tokenizer_config={"pad_token": "\ud800", "mask_token": 3})
+    tokenizer = loaded(bert / "whole")
+    for role in ("pad_token", "mask_token"):
+        with pytest.raises(TokenizerError, match="surrogates not allowed|3, which is no text"):
+            tokenizer.special_token_id(role)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -73,10 +73,12 @@ class Tokenizer:
 
     def special_token_id(self, role: str) -> int | None:
         """The id of the token with a role such as "pad_token" or "mask_token" in
-        tokenizer_config.json; None when it names none, or one that the vocabulary lacks.
+        tokenizer_config.json; None when it names none, or one that the vocabulary lacks. Raises
+        TokenizerError for one that is no text.
         """
         token = self._settings.get(role)
-        return None if token is None else self.token_to_id(content(token))
+        with reporting(self._origin):
+            return None if token is None else self.token_to_id(content(token))
 
     def pad(
         self, rows: Sequence[Sequence[int]], *, pad_token_id: int | None = None
@@ -367,10 +369,10 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def check_ids(ids: Sequence[Sequence[int]]) -> None:
-    if not isinstance(ids, Iterable):
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise TokenizerError(f"ids must be a list of lists, not {type(ids).__name__}")
     for row, tokens in enumerate(ids):
-        if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+        if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TokenizerError(
                 f"ids[{row}] must be a list of integers, not {type(tokens).__name__}. "
                 "Give a list of lists: tensor.tolist()"
