@@ -46,7 +46,10 @@ CHUNK = 2**16  # bytes
 def fetch_settings(source: str) -> Path:
     """The folder in the cache, named by its commit, of a repository's newest files but weights."""
     with _reporting(f"{source} is no folder here, and the hub gave none"):
-        return _fetch(source, None, SETTINGS)
+        folder = _fetch(source, None, SETTINGS)
+    if not folder.is_dir():  # none of the files is there, as in repositories of GGUF files
+        raise CheckpointError(f"{source} has no {CONFIG}: is it a checkpoint?")
+    return folder
 
 
 def fetch_weights(source: str, folder: Path) -> None:
@@ -75,7 +78,10 @@ def _fetch(source: str, revision: str | None, names: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     exact = [glob.escape(name) for name in names]  # an index may put a tensor in "*.safetensors"
-    return Path(snapshot_download(source, revision=revision, allow_patterns=exact))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=exact))
+    except (AssertionError, KeyError, RecursionError, TypeError) as error:  # of JSON of any kind
+        raise CheckpointError(f"{source}: the answer is not a hub's, {error!r}") from error
 
 
 def _weight_files(source: str, folder: Path) -> dict[str, set[str] | None]:

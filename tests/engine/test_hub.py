@@ -465,6 +465,24 @@ def test_a_repository_without_a_config(hub: Hub, repository: Path) -> None:
     assert WEIGHTS not in hub.sent
 
 
+def test_a_repository_of_other_files_alone(hub: Hub, repository: Path) -> None:
+    for file in list(repository.iterdir()):
+        file.unlink()
+    (repository / "model.gguf").write_bytes(b"GGUF")
+    refused(f"^{ID} has no config.json: is it a checkpoint")
+    assert not hub.sent
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"<html>", b"null", b"[]", b"{}", b'{"id": "me/tiny"}', b"[" * 100_000]
+)
+def test_an_answer_that_is_not_a_hubs(
+    hub: Hub, repository: Path, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "api", lambda self, *_: self.reply(200, {}, answer))
+    refused(f"^{ID}")
+
+
 def test_a_repository_that_is_not_there(hub: Hub) -> None:
     refused("me/nothing is no folder here, and the hub gave none: .*Not Found", "me/nothing")
 
