@@ -172,7 +172,8 @@ class HarnessModel(LM):
         until = [until] if isinstance(until, str) else until
         stops = [text for text in until if text]
         early = stops if is_seq2seq else self._not_begun(stops, rows)
-        out = self._model.generate(rows, stop_strings=early, **options)
+        options.setdefault("stop_strings", early)
+        out = self._model.generate(rows, **options)
         starts = [1 if is_seq2seq else len(row) for row in rows]
         found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
         texts = self._tokenizer.decode([row[start:end] for row, start, end in found])

@@ -252,6 +252,16 @@ def test_a_stop_that_begins_in_the_context_is_none(harness: types.ModuleType) ->
         assert found == [whole[: min(ends, default=len(whole))]], (context, over)
 
 
+def test_stop_strings_and_until_may_both_be_given(harness: types.ModuleType) -> None:
+    ours = harness.HarnessModel(made(["$A"], max_positions=40))
+    (whole,) = ours.generate_until([asked("abc", {"max_gen_toks": 9})])
+    for until, stop in ((whole[2:4], whole[5:8]), (whole[6:9], whole[2:4])):
+        given = {"until": until, "stop_strings": stop, "max_gen_toks": 9}
+        (found,) = ours.generate_until([asked("abc", given)])
+        stopped = next(k for k in range(1, 10) if ("abc" + whole[:k]).endswith(stop))
+        assert found == whole[:stopped].split(until)[0], (whole, given)
+
+
 def test_bad_input(harness: types.ModuleType) -> None:
     model, made_of = made(["$A"]), harness.HarnessModel
     with pytest.raises(TokenizerError, match="no tokenizer"):

@@ -25,7 +25,9 @@ def stop_at(strings: tuple[str, ...], tokenizer: Tokenizer | None) -> Stops | No
     if not strings:
         return None
     if tokenizer is None:
-        raise ArgumentError("stop_strings need a tokenizer, which the model does not have")
+        raise ArgumentError(
+            "stop_strings need a tokenizer, which the model does not have: pass [] for none"
+        )
     # A token is a byte at least; one before the string keeps the space that starts a word.
     reach = max(len(text.encode()) for text in strings) + 1
 
