@@ -396,6 +396,8 @@ def test_padding_without_a_token(byte_level: Tokenizer, bert: Path) -> None:
     for function in (byte_level.pad, byte_level.decode):
         with pytest.raises(TokenizerError, match="ids must be a list of lists, not generator"):
             function(row for row in [[1], [2, 3]])
+        with pytest.raises(TokenizerError, match="not Tensor; of a tensor: tensor.tolist()"):
+            function(torch.tensor([[1, 2]]))
     write(bert / "whole", tokenizer_config={"pad_token": "\ud800", "mask_token": 3})
     tokenizer = loaded(bert / "whole")
     for role in ("pad_token", "mask_token"):

@@ -88,8 +88,7 @@ def score(
 
     Prints {"text", "log_prob", "tokens", "perplexity"} for each, and all texts' perplexity on
     stderr. JSON lines may carry a "context" of their own, and other fields, which are printed
-    again. Without TEXTS or --file, standard input
-    is read.
+    again. Without TEXTS or --file, standard input is read.
     """
     from ..errors import ArgumentError
     from ..scoring.score import exp_or_inf

@@ -62,9 +62,9 @@ def generate(
     input_ids: LongTensor [B, S] (attention_mask [B, S] marks real tokens; padding on either side)
     or a list of id lists of any lengths; they are prompts of a Decoder, sources of others.
     options: see GenerationOptions; `defaults` gives way to them. tokenizer: of the model, for
-    stop_strings. Each prompt runs once, cross
-    keys are kept once per sentence, finished sentences leave the batch. The model is put in eval
-    mode meanwhile. Raises ArgumentError for bad input before any work, GenerationError for NaN.
+    stop_strings. Each prompt runs once, cross keys are kept once per sentence, finished sentences
+    leave the batch. The model is put in eval mode meanwhile. Raises ArgumentError for bad input
+    before any work, GenerationError for NaN.
     """
     if not isinstance(model, Decoder | AnySeq2Seq):
         raise ArgumentError(f"{type(model).__name__} does not generate; it takes a decoder")

@@ -370,7 +370,9 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 def check_ids(ids: Sequence[Sequence[int]]) -> None:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise TokenizerError(f"ids must be a list of lists, not {type(ids).__name__}")
+        raise TokenizerError(
+            f"ids must be a list of lists, not {type(ids).__name__}; of a tensor: tensor.tolist()"
+        )
     for row, tokens in enumerate(ids):
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TokenizerError(
