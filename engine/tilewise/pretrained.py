@@ -80,6 +80,8 @@ class Model(nn.Module):
         """
         texts = [inputs] if isinstance(inputs, str) else inputs
         own: dict[str, Any] = {"defaults": self.generation_defaults, "tokenizer": self.tokenizer}
+        if twice := sorted(own.keys() & options.keys()):
+            raise ArgumentError(f"generate was given {', '.join(twice)}; it uses the model's own")
         if not _are_strings(texts):
             return generate(self.network, inputs, attention_mask=attention_mask, **own, **options)  # type: ignore[arg-type]
         tokenizer = self._need_tokenizer()

@@ -127,6 +127,11 @@ def test_bad_stop_strings(tmp_path: Path) -> None:
             model.generate([[1]], stop_strings=bad)
     with pytest.raises(ArgumentError, match="stop_strings need a tokenizer"):
         generate(model.network, [[1]], stop_strings="a")
+    with pytest.raises(ArgumentError, match="tokenizer is str; pass that of a Model"):
+        generate(model.network, [[1]], stop_strings="a", tokenizer="gpt2")
+    for inputs in (["a"], [[1]]):  # as transformers wants it
+        with pytest.raises(ArgumentError, match="generate was given tokenizer; .* the model's own"):
+            model.generate(inputs, stop_strings="a", tokenizer=model.tokenizer)
 
 
 def test_from_the_command_line_and_from_the_folder(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def stop_at(strings: tuple[str, ...], tokenizer: Tokenizer | None) -> Stops | No
         raise ArgumentError(
             "stop_strings need a tokenizer, which the model does not have: pass [] for none"
         )
+    if not isinstance(tokenizer, Tokenizer):
+        raise ArgumentError(f"tokenizer is {type(tokenizer).__name__}; pass that of a Model")
     # A token is a byte at least; one before the string keeps the space that starts a word.
     reach = max(len(text.encode()) for text in strings) + 1
 
