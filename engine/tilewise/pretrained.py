@@ -23,7 +23,7 @@ from .checkpoints import (
     write_folder,
 )
 from .checkpoints.copying import read_copies, untied
-from .checkpoints.reading import GENERATION, PARAMS, WeightFiles, listed
+from .checkpoints.reading import CONFIG, GENERATION, PARAMS, WeightFiles, listed
 from .config import AnyConfig, ModelConfig, usable_ids
 from .errors import ArgumentError, CheckpointError, ConfigError, TokenizerError
 from .families import family_of, tensors_to
@@ -401,7 +401,7 @@ def _folder(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
 
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, or in its place params.json, which only LLaMA has and so names no model_type."""
-    if os.path.lexists(folder / "config.json") or not os.path.lexists(folder / PARAMS):
+    if os.path.lexists(folder / CONFIG) or not os.path.lexists(folder / PARAMS):
         return read_config(folder)
     return {"model_type": "llama", **read_config(folder, PARAMS)}
 
@@ -430,7 +430,7 @@ def _generation_defaults(folder: Path, raw: Mapping[str, Any], vocab_size: int) 
     if os.path.lexists(folder / GENERATION):  # a broken link is an error, not an absent file
         found = read_config(folder, GENERATION)
     else:
-        origin, names = "config.json", (*_KEPT, *sorted(_CHANGES_OUTPUT))
+        origin, names = CONFIG, (*_KEPT, *sorted(_CHANGES_OUTPUT))
         found = {name: raw[name] for name in names if name in raw}
     lost = sorted(_CHANGES_OUTPUT & {name for name, value in found.items() if value})
     if lost:

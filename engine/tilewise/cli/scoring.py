@@ -149,7 +149,8 @@ def embed(
 ) -> None:
     """One vector for each of TEXTS.
 
-    Prints {"text", "embedding"} for each. Without TEXTS or --file, standard input is read.
+    Prints {"text", "embedding"} for each, and other fields of JSON lines again. Without TEXTS or
+    --file, standard input is read.
     """
     given = read_records(texts, file, ("text",))
     opened = open_model(model, device, dtype)
@@ -187,8 +188,8 @@ def fill_mask(
 
     A mask token is what the tokenizer's files call mask_token, else [MASK] or <mask>.
 
-    Prints {"text", "masks"} for each, with a list of {"token", "id", "probability"} for each mask.
-    Without TEXTS or --file, standard input is read.
+    Prints {"text", "masks"} for each, with a list of {"token", "id", "probability"} for each mask,
+    and other fields of JSON lines again. Without TEXTS or --file, standard input is read.
     """
     import math
 

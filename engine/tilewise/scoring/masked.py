@@ -89,6 +89,8 @@ def next_sentence(
     next-sentence head. Source: Devlin et al. 2019.
     """
     model, pooler, head = following_model(model)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise ArgumentError("pairs holds more or less than (ids, token_type_ids) each; pass both")
     rows, types = [ids for ids, _ in pairs], [types for _, types in pairs]
     check_rows("pairs", rows, model.config)
     for i, (row, own) in enumerate(zip(rows, types, strict=True)):

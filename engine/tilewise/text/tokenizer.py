@@ -318,9 +318,9 @@ def side(name: str, value: object) -> str:
     return str(value)
 
 
-def cut(row: list[int], length: int, side: str) -> list[int]:
-    """What is left of a row that loses its tokens past `length` at a side."""
-    return row[:length] if side == "right" else row[max(len(row) - length, 0) :]
+def cut(row: list[int], length: int, end: str) -> list[int]:
+    """What is left of a row that loses its tokens past `length` at an end, "left" or "right"."""
+    return row[:length] if end == "right" else row[max(len(row) - length, 0) :]
 
 
 def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
