@@ -316,7 +316,7 @@ def _has_other_head(tied: Mapping[str, str], weights: WeightFiles) -> bool:
     must be copies.
     """
     for name, tokens in tied.items():
-        is_head = name.endswith(".weight") and "embed_tokens" not in name
+        is_head = name.endswith(".weight") and ".embed" not in name
         if not is_head or not {name, tokens} <= weights.tensors.keys():
             continue
         if differ := untied(weights, name, tokens):

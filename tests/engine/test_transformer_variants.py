@@ -4,6 +4,7 @@ with sinusoids and positions written out here.
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,12 +246,30 @@ def test_names_of_other_programs_are_read(name: str, shared: str, tmp_path: Path
     assert tilewise.load(tmp_path / "ours").config == network.config
 
 
-def test_repeated_tensors_must_be_equal(tmp_path: Path) -> None:
+def test_an_output_of_its_own_is_used(tmp_path: Path) -> None:
+    """As in all families: the file has it, whatever config.json says."""
     network = made("fairseq")
     tensors = renamed(network, FAIRSEQS)
-    tensors["decoder.output_projection.weight"][0, 0] += 1
+    head = tensors["decoder.output_projection.weight"]
+    head[0, 0] += 1
     write(network, tensors, tmp_path)
-    with pytest.raises(CheckpointError, match="decoder.output_projection.weight.*differs"):
+    with pytest.warns(UserWarning, match="decoder.output_projection.weight.*differs"):
+        again = tilewise.load(tmp_path).network
+    assert torch.equal(again.decoder.lm_head.weight, head)
+    assert torch.equal(
+        again.encoder.embedding.tokens.weight, network.encoder.embedding.tokens.weight
+    )
+
+
+@pytest.mark.parametrize("name", ["fairseq", "opennmt"])
+def test_copies_of_the_embedding_must_be_copies(name: str, tmp_path: Path) -> None:
+    network = made(name, share_embeddings=True, tie_embeddings=True)
+    tensors = renamed(network, OPENNMTS if name == "opennmt" else FAIRSEQS)
+    (copy,) = (n for n in tensors if n.startswith("decoder.embed") and n.endswith("weight"))
+    tensors[copy] = tensors[copy] + 1
+    write(network, tensors, tmp_path)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=f"{copy}.*differs"):
+        warnings.simplefilter("error")
         tilewise.load(tmp_path)
 
 
