@@ -353,7 +353,9 @@ LAYER = dict(d_model=E, nhead=H, dim_feedforward=48, dropout=0.0)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", F.gelu, nn.SiLU(), torch.tanh], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["relu", F.gelu, nn.SiLU(), torch.tanh], ids=["relu", "gelu", "silu", "tanh"]
+)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_encoder_layer(batch_first: bool, activation: Any, norm_first: bool) -> None:
     options = dict(batch_first=batch_first, norm_first=norm_first, activation=activation)
