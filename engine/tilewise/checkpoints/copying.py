@@ -135,8 +135,10 @@ def fill_weights(
     def filled(line: tuple[Tensor, WeightRule]) -> list[str]:
         want, rule = line
         stage = stages.pop()
-        fill(want, weights, rule, stage)
-        stages.append(stage)
+        try:
+            fill(want, weights, rule, stage)
+        finally:  # the next line may begin before the error is known
+            stages.append(stage)
         return [] if finite(want) else odd_sources(want.dtype, weights, rule)
 
     with ThreadPoolExecutor(READERS) as pool:
