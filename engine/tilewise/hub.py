@@ -88,20 +88,24 @@ def _weight_files(source: str, folder: Path) -> dict[str, set[str] | None]:
     """The files that open_weights takes, and the tensors that an index promises in each."""
     if _all_there(folder, [WEIGHTS]):
         return {WEIGHTS: None}
-    names: dict[str, set[str] | None] = {CONSOLIDATED: None}
-    if _all_there(folder, [INDEX]):
-        names = {**listed_shards(folder / INDEX)}
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     with _reporting(f"{source}: the hub did not say which weights it has"):
         try:
-            single = HfApi().file_exists(source, WEIGHTS, revision=folder.name)
+            if HfApi().file_exists(source, WEIGHTS, revision=folder.name):
+                return {WEIGHTS: None}
         except (HTTPError, OSError):  # out of reach, which is no matter when they are here
-            if not _all_there(folder, names):
+            if not _all_there(folder, _other_files(folder)):
                 raise
-            single = False
-    return {WEIGHTS: None} if single else names
+    return _other_files(folder)
+
+
+def _other_files(folder: Path) -> dict[str, set[str] | None]:
+    """The same where there is no model.safetensors: beside one an index is not read."""
+    return (
+        {**listed_shards(folder / INDEX)} if _all_there(folder, [INDEX]) else {CONSOLIDATED: None}
+    )
 
 
 def _all_there(folder: Path, names: Iterable[str]) -> bool:

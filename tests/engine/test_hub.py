@@ -247,6 +247,11 @@ def test_load_fetches_what_it_reads(hub: Hub, repository: Path) -> None:
     assert hub.sent == expected  # nothing twice
 
 
+def test_an_index_beside_a_single_file_is_not_read(hub: Hub, repository: Path) -> None:
+    (repository / INDEX).write_text("damaged")
+    assert same_model(tilewise.load(ID), tilewise.load(repository))
+
+
 def test_load_fetches_the_shards_of_the_index(hub: Hub, repository: Path) -> None:
     expected = tilewise.load(repository)
     names = ("model-00001-of-00002.safetensors", "odd [*]?.safetensors")
